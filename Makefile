@@ -1,0 +1,46 @@
+# make demo      from nothing to a fine-tuned, evaluated model (installs first)
+# make test      everything that can be checked on this machine (installs first)
+# make install   the environment alone, in .venv
+# make check     formatting, lint, types, layers
+# make test-gpu  the tests that need an NVIDIA GPU
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c configs/constraints.txt
+TORCH = torch==2.13.0
+
+.PHONY: demo test install check test-gpu
+
+demo: $(VENV)/installed
+	@$(BIN)/mistral-dist demo
+
+test: $(VENV)/installed-dev check
+	$(BIN)/pytest
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/pytest -m gpu tests/gpu
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/installed-dev
+
+# Without an NVIDIA GPU the CPU build of torch, where the package index in use offers it: it is a tenth of the size.
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
+	@echo "installing into $(VENV): some two minutes, and more where the CUDA build of torch is taken"
+	@$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null; then $(PIP) $(TORCH); else $(PIP) $(TORCH)+cpu 2>/dev/null || $(PIP) $(TORCH); fi
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml configs/constraints.txt
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(PIP) --editable '.[demo,dev]'
+	@touch $@

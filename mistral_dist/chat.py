@@ -1,0 +1,62 @@
+"""A finished run in the terminal: ask it, base and tuned side by side for classification."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from mistral_dist.config import Recipe
+from mistral_dist.data.clean import Message
+from mistral_dist.data.encode import Encoder
+from mistral_dist.evaluate import MODELS, as_model, label_row, label_scores
+from mistral_dist.model import load_tokenizer, load_tuned
+from mistral_dist.run import RunDirectory
+
+MAX_NEW_TOKENS = 512
+
+
+class Chat:
+    """A loaded run that answers."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
+        self.recipe = recipe
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+        self.model = load_tuned(recipe.model, run.adapter, self.device, "sdpa")
+
+    def classify(self, text: str) -> dict[str, dict[str, float]]:
+        """Probability of each label, base and tuned: the labels' likelihoods, normalised over the labels."""
+        row = label_row([self.encoder.candidates(text)])
+        labels = self.recipe.task.labels
+        result = {}
+        for name in MODELS:
+            with as_model(self.model, name):
+                scores = label_scores(self.model, row, 1, len(labels), self.device)[0]
+            result[name] = dict(zip(labels, scores.softmax(0).tolist(), strict=True))
+        return result
+
+    @torch.no_grad()
+    def reply(self, turns: Sequence[Message], streamer: Any = None) -> str:
+        """The tuned model's greedy answer to a conversation (pretrain: the continuation of the last turn's text)."""
+        if self.recipe.task.kind == "pretrain":
+            begin = self.encoder.tokenizer.bos_token_id
+            ids = [*([] if begin is None else [begin]), *self.encoder.tokenizer.encode(turns[-1]["content"], add_special_tokens=False)]
+        else:
+            ids = self.encoder.prompt(turns)
+        prompt = torch.tensor([ids], device=self.device)
+        output = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self.encoder.tokenizer.eos_token_id,
+            pad_token_id=self.encoder.tokenizer.eos_token_id,
+            streamer=streamer,
+        )
+        return str(self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+
+    def printer(self) -> Any:
+        """Prints an answer while it is made."""
+        return transformers.TextStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,229 @@
+"""Save, verify, find, retain: whole or not there, and of no particular topology.
+
+    checkpoint-100/
+      adapter/                 PEFT's own format; float32, so these are the master weights
+      optimizer.safetensors    AdamW's moments by parameter name, float32
+      progress.json            step, cursor, seed of all noise, fingerprint of the data
+      manifest.json            size and SHA-256 of each file, versions, topology; written last
+
+A checkpoint is written aside, synced, checksummed and renamed. Nothing in it depends on the number of ranks or the ZeRO
+stage. All noise is drawn from (seed, step, slot), so the seed and the step are the whole state of every random generator.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistral_dist.data.stream import Cursor
+from mistral_dist.errors import CheckpointError
+
+Tensors = Mapping[str, torch.Tensor]
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
+NAME = re.compile(r"checkpoint-(\d+)")
+ASIDE = ".aside-"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Steps made."""
+    cursor: Cursor = Cursor()
+    """Where the data stand."""
+
+
+def save(
+    folder: Path, progress: Progress, *, adapter: Tensors, adapter_config: Any, moments: Tensors, facts: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `checkpoint-<step>` into `folder`, then drop all but the newest `keep`; return its path.
+
+    Raises CheckpointError where what was written is not what is trained, OSError where it cannot be written; the
+    checkpoints before it are untouched then.
+    """
+    target = folder / f"checkpoint-{progress.step}"
+    aside = folder / f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}"
+    aside.mkdir(parents=True)
+    try:
+        save_adapter(aside / "adapter", adapter, adapter_config)
+        save_file(dict(moments), aside / "optimizer.safetensors")
+        _write_json(aside / "progress.json", {**asdict(progress), **facts})
+        _write_json(aside / "manifest.json", _manifest(aside))
+        _sync(aside)
+        publish(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _retain(folder, keep)
+    return target
+
+
+def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
+    """Write an adapter in PEFT's format and pass it through the gate.
+
+    `adapter`: the trainable parameters by name. Raises CheckpointError where it is empty or not finite, or where the
+    file read back differs from it in a single bit.
+    """
+    folder.mkdir(parents=True)
+    named = {peft_name(name): tensor.contiguous() for name, tensor in adapter.items()}
+    if not named or any(tensor.numel() == 0 for tensor in named.values()):
+        raise CheckpointError("the adapter is empty: its parameters were not gathered from their shards")
+    bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    read = load_file(folder / "adapter_model.safetensors")
+    if read.keys() != named.keys() or not all(torch.equal(read[name], named[name]) for name in named):
+        raise CheckpointError(f"{folder}: the adapter read back is not the one that is trained; is the disk sound?")
+
+
+def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Copy a saved adapter into the parameters (by name), before they are sharded.
+
+    Raises CheckpointError where names or shapes differ.
+    """
+    read = load_file(folder / "adapter" / "adapter_model.safetensors")
+    named = {peft_name(name): parameter for name, parameter in parameters.items()}
+    if read.keys() != named.keys():
+        odd = sorted(read.keys() ^ named.keys())
+        raise CheckpointError(f"{folder}: not the adapter of this recipe; first difference: {odd[0]}")
+    for name, parameter in named.items():
+        if read[name].shape != parameter.shape:
+            raise CheckpointError(f"{folder}: {name} has shape {tuple(read[name].shape)}, the recipe gives {tuple(parameter.shape)}")
+        parameter.data.copy_(read[name])
+
+
+def load_moments(folder: Path) -> dict[str, torch.Tensor]:
+    """AdamW's moments by `parameter.moment`, float32, on the CPU."""
+    return load_file(folder / "optimizer.safetensors")
+
+
+def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """How far the checkpoint is, and the facts that were saved with it."""
+    facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    progress = Progress(facts.pop("step"), Cursor(**facts.pop("cursor")))
+    return progress, facts
+
+
+def peft_name(parameter: str) -> str:
+    """A parameter's name in PEFT's files, which leave out the adapter's own name."""
+    return parameter.replace(".default.", ".")
+
+
+def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each damaged one that was passed over."""
+    damaged: list[str] = []
+    for path in reversed(_all(folder)):
+        problem = verify(path)
+        if problem is None:
+            return path, damaged
+        damaged.append(f"{path.name} is damaged ({problem}); passed over")
+    return None, damaged
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where every byte is as it was written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        return "manifest.json cannot be read"
+    for name, expected in files:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} has another checksum"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Rename a finished folder into place; what stood there (a damaged checkpoint, an earlier adapter) goes."""
+    old = target.with_name(f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}")
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed save left behind. Only for the holder of the run's lease."""
+    for path in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _retain(folder: Path, keep: int) -> None:
+    for path in _all(folder)[:-keep]:
+        # renamed first: a removal that is cut short must not leave half a checkpoint under its name
+        gone = path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:8]}")
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "files": {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        "versions": versions(),
+    }
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Have every byte of a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync_folder(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,222 @@
+"""`mistral-dist VERB ...`: before training a verb takes a RECIPE, afterwards a RUN."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from mistral_dist.errors import FAILED, FINISHED, WRONG_INPUT, MistralDistError
+from mistral_dist.runtime.process import quiet_libraries
+
+app = typer.Typer(
+    name="mistral-dist",
+    help="Fine-tune Mistral-7B with QLoRA on any machines: one run, the same result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. configs/recipes/demo.yaml")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Overrides of the recipe")]
+Processes = Annotated[
+    int | None, typer.Option("--processes", "--gpus", min=1, help="How many; default: all visible GPUs, or 2 CPU processes")
+]
+
+
+@app.command(epilog="Example: `mistral-dist init my-project`")
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if missing")]) -> None:
+    """Lay out commented recipes, configs, launch and SLURM scripts to start from."""
+    from mistral_dist import assets
+    from mistral_dist.display import console
+
+    files = assets.lay_out(folder)
+    console.print(f"{len(files)} files in {folder}. Next: edit {folder}/configs/recipes/mistral7b_chat.yaml, then, in {folder},")
+    console.print("  mistral-dist fetch configs/recipes/mistral7b_chat.yaml\n  mistral-dist train configs/recipes/mistral7b_chat.yaml")
+
+
+@app.command(epilog="Example: `mistral-dist fetch configs/recipes/mistral7b_chat.yaml`")
+def fetch(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Download what a recipe names (base model, hub data); afterwards everything works offline."""
+    from mistral_dist.config import Recipe
+    from mistral_dist.display import console
+    from mistral_dist.hub import fetch_data, fetch_model
+
+    recipe = Recipe.load(recipe_file, overrides or [])
+    console.print(f"{recipe.model.name}: {fetch_model(recipe.model)}", soft_wrap=True)
+    for source in recipe.data.sources:
+        if source.name is not None:
+            fetch_data(source)
+            console.print(f"{source.name}[{source.split}]: here")
+
+
+@app.command(epilog="Example: `mistral-dist prepare configs/recipes/demo.yaml data.near_duplicates=0.9`")
+def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Collect, clean, de-duplicate, split and measure the data, once, into memory-mapped shards."""
+    from mistral_dist.config import Recipe
+    from mistral_dist.display import audit_table, console
+    from mistral_dist.workflow import prepare_if_needed
+
+    recipe = Recipe.load(recipe_file, overrides or [])
+    prepared = prepare_if_needed(recipe, again=True)
+    console.print(audit_table(prepared.manifest, prepared.path))
+
+
+@app.command(
+    epilog="Examples: `mistral-dist train configs/recipes/demo.yaml`; `mistral-dist train my.yaml optim.learning_rate=1e-4 run.dir=runs/lower`;"
+    " `mistral-dist train my.yaml --gpus 4 --zero 3`. Exit codes: 0 finished, 85 stopped (run it again), 2 wrong input, 1 else."
+)
+def train(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; default: 2 with several processes, else 0")] = None,
+    config_file: Annotated[Path | None, typer.Option(help="An accelerate config of your own")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start anew")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="One process, 20 steps, in a run directory of its own")] = False,
+) -> None:
+    """Train, or go on from the last good checkpoint, on all visible GPUs; prepares the data if needed."""
+    from mistral_dist.config import Recipe
+    from mistral_dist.workflow import start_training
+
+    words = list(overrides or [])
+    if debug:
+        words += ["train.steps=20", f"run.dir={Recipe.load(recipe_file, words).run_dir}-debug"]
+        processes, zero, fresh = 1, 0, True
+    recipe = Recipe.load(recipe_file, words)
+    code = start_training(recipe, [str(recipe_file), *words], processes=processes, zero=zero, config=config_file, fresh=fresh)
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: `mistral-dist evaluate runs/demo`")
+def evaluate(run_folder: RunFolder, overrides: Overrides = None, processes: Processes = None) -> None:
+    """Score base and tuned model on the held-out test split; writes RUN/evaluation/."""
+    from mistral_dist.display import console, evaluation_table
+    from mistral_dist.evaluate import recipe_of
+    from mistral_dist.run import RunDirectory
+    from mistral_dist.workflow import start_evaluation
+
+    run = RunDirectory(run_folder)
+    recipe_of(run, overrides or [])
+    console.print(evaluation_table(start_evaluation(run, overrides or [], processes=processes)))
+
+
+@app.command(epilog='Examples: `mistral-dist chat runs/demo`; `mistral-dist chat runs/demo --message "Return a sorted copy of an array."`')
+def chat(
+    run_folder: RunFolder,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this once and leave")] = None,
+) -> None:
+    """Ask the tuned model in the terminal; a classifier answers with probabilities, beside the base's."""
+    from mistral_dist.chat import Chat
+    from mistral_dist.display import console
+    from mistral_dist.evaluate import recipe_of
+    from mistral_dist.run import RunDirectory
+
+    run = RunDirectory(run_folder)
+    recipe = recipe_of(run)
+    with console.status("loading the model"):
+        session = Chat(recipe, run)
+    turns: list[dict[str, str]] = []
+    for text in [message] if message is not None else iter(_ask, None):
+        if recipe.task.kind == "classification":
+            console.print(_probabilities(session.classify(text)))
+        else:
+            turns.append({"role": "user", "content": text})
+            turns.append({"role": "assistant", "content": session.reply(turns, session.printer())})
+
+
+@app.command(epilog="Examples: `mistral-dist status runs/demo`; `mistral-dist status runs/demo --follow`")
+def status(run_folder: RunFolder, follow: Annotated[bool, typer.Option("--follow", help="Until it ends")] = False) -> None:
+    """Say how a run stands."""
+    from mistral_dist.display import console, following
+    from mistral_dist.run import RunDirectory, holder
+
+    run = RunDirectory(run_folder)
+    run.recipe()
+    if follow:
+        with following(run) as tick:
+            while holder(run.path) is not None:
+                tick()
+                time.sleep(0.2)
+    console.print(_status_table(run))
+
+
+@app.command(epilog="Example: `mistral-dist doctor`")
+def doctor() -> None:
+    """Look at this machine: versions, GPUs, attention kernels, disk, hub."""
+    from mistral_dist.display import console
+    from mistral_dist.doctor import examine
+
+    for finding in examine():
+        mark = "[green]ok[/green]" if finding.ok else "[yellow]look[/yellow]"
+        remedy = f"  [dim]{finding.remedy}[/dim]" if finding.remedy else ""
+        console.print(f"{mark:>25}  {finding.what:<14} {finding.found}{remedy}", soft_wrap=True)
+
+
+@app.command(epilog="Example: `mistral-dist demo`, as often as you like: it goes on where it was")
+def demo(
+    overrides: Overrides = None,
+    recipe_file: Annotated[Path | None, typer.Option("--recipe", help="Another recipe for the same data")] = None,
+) -> None:
+    """From nothing to a fine-tuned, evaluated model: a real 135M model, real text, no hub, no GPU needed."""
+    from mistral_dist import assets
+    from mistral_dist.tour import show
+
+    raise typer.Exit(show(recipe_file or assets.find("configs/recipes/demo.yaml"), overrides or []))
+
+
+def _ask() -> str | None:
+    """The next line of the user; None at the end of input."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
+    from rich.table import Table
+
+    table = Table("label", "base", "tuned")
+    for label, tuned in sorted(answers["tuned"].items(), key=lambda item: -item[1]):
+        table.add_row(label, f"{answers['base'][label]:.3f}", f"{tuned:.3f}")
+    return table
+
+
+def _status_table(run: Any) -> Any:
+    from mistral_dist.display import facts
+    from mistral_dist.run import holder
+
+    state, last = run.status() or {"state": "never started", "message": ""}, run.recent_metrics(1)
+    rows = [("run", run.path), ("state", state["state"]), ("message", state["message"])]
+    if state.get("steps"):
+        rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
+    if last:
+        rows.append(("loss", f"{last[0]['loss']:.4f} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
+    rows.append(("writer", holder(run.path) or "none"))
+    return facts(rows)
+
+
+def main() -> None:
+    """The command `mistral-dist`."""
+    quiet_libraries(has_gpu=Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = WRONG_INPUT
+    except click.Abort:
+        code = FAILED
+    except MistralDistError as error:
+        from mistral_dist.display import errors
+
+        errors.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", soft_wrap=True)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else FINISHED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Sources -> a data directory that training reads memory-mapped, at any size, at any position.
+
+    data/<name>/
+      train/ validation/ test/   Arrow shards: id, document, place, text, label, messages, tokens, targets
+      quarantine.jsonl           every row that was dropped: place, reason, what it collided with
+      manifest.json              counts that add up, what went in, fingerprints; written last
+
+The directory is written aside and renamed, so that a prepared directory is whole or is not there. `tokens` and `targets`
+are the lengths under the recipe's tokenizer and template; with them the order of training needs no text.
+"""
+
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from mistral_dist.config import Recipe, digest
+from mistral_dist.data import sources
+from mistral_dist.data.clean import Audit, Example, clean
+from mistral_dist.data.encode import Encoder
+from mistral_dist.data.split import SPLITS, TRAIN, split
+from mistral_dist.errors import DataError
+
+FORMAT = 1
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Wraps an iterable to show progress under a description."""
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "document": datasets.Value("string"),
+        "place": datasets.Value("string"),
+        "text": datasets.Value("string"),
+        "label": datasets.Value("string"),
+        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "tokens": datasets.Value("int32"),
+        "targets": datasets.Value("int32"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data directory that fits the recipe."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the examples, their order in the shards, or their encoding change."""
+        return str(self.manifest["fingerprint"])
+
+    def split(self, name: str) -> datasets.Dataset:
+        """One split, memory-mapped."""
+        return datasets.load_from_disk(str(self.path / name))
+
+    def lengths(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, targets) of each example of a split, int32 [examples]."""
+        table = self.split(name).with_format("numpy")
+        return np.asarray(table["tokens"][:], np.int32), np.asarray(table["targets"][:], np.int32)
+
+
+def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what: items) -> Prepared:
+    """Read, clean, split, measure and write; earlier assignments to splits in the same directory are kept.
+
+    Raises DataError for a missing or unreadable source, a row that is no example, or an empty split.
+    """
+    sources.check(recipe.data.sources)
+    seen = sources.state(recipe.data.sources)
+    audit = Audit()
+    rows = track(sources.read(recipe.data.sources), "reading and cleaning")
+    examples = clean(rows, recipe.task, recipe.data, audit)
+    data = recipe.data
+    where = split(examples, data.validation_fraction, data.test_fraction, data.seed, _assigned(recipe))
+    measured = list(_measured(track(examples, "measuring tokens"), recipe, encoder, audit))
+    records = {name: [record for record in measured if where[record["document"]] == name] for name in SPLITS}
+    _refuse_empty(recipe, records, audit)
+    return _write(recipe, encoder, audit, records, seen)
+
+
+def open_prepared(recipe: Recipe, encoder: Encoder) -> Prepared:
+    """The recipe's data directory. Raises DataError, naming the command, where it is missing or of another recipe."""
+    manifest = read_manifest(recipe.data_dir)
+    remedy = "run `mistral-dist prepare` with this recipe and these overrides first"
+    if manifest is None:
+        raise DataError(f"data.dir: {recipe.data_dir}: no prepared data there; {remedy}")
+    if manifest["key"] != _key(recipe, encoder):
+        raise DataError(f"data.dir: {recipe.data_dir}: prepared with another data or task section, tokenizer or version; {remedy}")
+    return Prepared(recipe.data_dir, manifest)
+
+
+def sources_changed(recipe: Recipe, prepared: Prepared) -> bool:
+    """Whether a local source file was added, removed or written to since the data were prepared."""
+    return bool(prepared.manifest["sources"] != sources.state(recipe.data.sources))
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a data directory, or None where there is none."""
+    file = path / "manifest.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def example_of(record: dict[str, Any]) -> Example:
+    """The example that a record of a shard holds."""
+    messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in record["messages"])
+    return Example(record["place"], record["text"], record["label"], messages)
+
+
+def _key(recipe: Recipe, encoder: Encoder) -> str:
+    """What decides the content of a data directory, beside the sources themselves."""
+    data = recipe.data.model_dump(mode="json", exclude={"dir"})
+    return digest({"format": FORMAT, "task": recipe.task.model_dump(mode="json"), "data": data, "encoding": encoder.fingerprint})
+
+
+def _assigned(recipe: Recipe) -> dict[str, str]:
+    """Earlier assignments in this directory, where they were made with the same seed and shares."""
+    manifest = read_manifest(recipe.data_dir)
+    if manifest is None or manifest["split"] != _split_rule(recipe):
+        return {}
+    earlier = Prepared(recipe.data_dir, manifest)
+    return {document: name for name in SPLITS for document in earlier.split(name)["document"]}
+
+
+def _split_rule(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "seed": recipe.data.seed,
+        "validation_fraction": recipe.data.validation_fraction,
+        "test_fraction": recipe.data.test_fraction,
+    }
+
+
+def _measured(examples: Iterable[Example], recipe: Recipe, encoder: Encoder, audit: Audit) -> Iterator[dict[str, Any]]:
+    """Records with their lengths; over-long examples are cut into pieces (pretrain), dropped and counted, or refused."""
+    capacity = recipe.data.max_length
+    for example in examples:
+        for piece in _pieces(example, capacity, encoder) if recipe.task.kind == "pretrain" else [example]:
+            encoded = encoder.encode(piece)
+            if len(encoded.ids) <= capacity:
+                yield _record(piece, example.id, len(encoded.ids), len(encoded.targets))
+            elif recipe.data.overlong == "drop":
+                audit.drop(example, "too_long", f"{len(encoded.ids)} tokens, data.max_length is {capacity}")
+            else:
+                raise DataError(
+                    f"{example.place}: {len(encoded.ids)} tokens, but data.max_length is {capacity};"
+                    " raise it, shorten the example, or set data.overlong=drop"
+                )
+
+
+def _pieces(example: Example, capacity: int, encoder: Encoder) -> list[Example]:
+    """A text cut, between tokens, into pieces that fit with their begin and end tokens."""
+    spans = encoder.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    # a piece tokenized alone may have a token more than it had inside the text: two spare beside begin and end
+    room = max(1, capacity - 4)
+    if len(spans) <= capacity - 2:
+        return [example]
+    starts = [spans[n][0] for n in range(0, len(spans), room)]
+    ends = [*starts[1:], len(example.text)]
+    texts = [example.text[a:b] for a, b in zip(starts, ends, strict=True)]
+    return [replace(example, place=f"{example.place} part {n}", text=text) for n, text in enumerate(texts, 1) if text]
+
+
+def _record(example: Example, document: str, tokens: int, targets: int) -> dict[str, Any]:
+    return {
+        "id": example.id,
+        "document": document,
+        "place": example.place,
+        "text": example.text,
+        "label": example.label,
+        "messages": list(example.messages),
+        "tokens": tokens,
+        "targets": targets,
+    }
+
+
+def _refuse_empty(recipe: Recipe, records: Mapping[str, Sequence[Any]], audit: Audit) -> None:
+    wanted = {"validation": recipe.data.validation_fraction, "test": recipe.data.test_fraction}
+    for name in SPLITS:
+        if not records[name] and (name == TRAIN or wanted[name] > 0):
+            kept, dropped = sum(map(len, records.values())), dict(audit.dropped)
+            remedy = "add data" if name == TRAIN else f"add data or set data.{name}_fraction=0"
+            raise DataError(f"data: the {name} split is empty: {audit.rows} rows read, {kept} kept, dropped {dropped}; {remedy}")
+
+
+def _write(
+    recipe: Recipe, encoder: Encoder, audit: Audit, records: dict[str, list[dict[str, Any]]], seen: dict[str, list[int]]
+) -> Prepared:
+    target = recipe.data_dir
+    aside = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}"
+    aside.mkdir(parents=True)
+    try:
+        for name in SPLITS:
+            datasets.Dataset.from_list(records[name], features=FEATURES).save_to_disk(str(aside / name))
+        with open(aside / "quarantine.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in audit.quarantine)
+        manifest = _manifest(recipe, encoder, audit, records, seen)
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+        _put_in_place(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Prepared(target, manifest)
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    """Replace a data directory. What else stands there (a folder that prepare did not make) is never removed."""
+    if target.exists() and read_manifest(target) is None and any(target.iterdir()):
+        raise DataError(f"data.dir: {target}: exists and holds something else; choose another data.dir or move it away")
+    old = target.parent / f".{target.name}-old-{uuid.uuid4().hex[:8]}"
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(
+    recipe: Recipe, encoder: Encoder, audit: Audit, records: dict[str, list[dict[str, Any]]], seen: dict[str, list[int]]
+) -> dict[str, Any]:
+    documents = {name: len({record["document"] for record in records[name]}) for name in SPLITS}
+    dropped = dict(sorted(audit.dropped.items()))
+    assert audit.rows == sum(documents.values()) + sum(dropped.values()), "rows read = examples kept + rows dropped"
+    order = [[record["id"], record["tokens"], record["targets"]] for name in SPLITS for record in records[name]]
+    return {
+        "format": FORMAT,
+        "key": _key(recipe, encoder),
+        "fingerprint": digest({"order": order, "encoding": encoder.fingerprint}),
+        "sources": seen,
+        "split": _split_rule(recipe),
+        "rows": audit.rows,
+        "repaired": audit.repaired,
+        "dropped": dropped,
+        "documents": documents,
+        "examples": {name: len(records[name]) for name in SPLITS},
+        "labels": {name: dict(sorted(Counter(r["label"] for r in records[name] if r["label"]).items())) for name in SPLITS},
+        "tokens": {name: sum(record["tokens"] for record in records[name]) for name in SPLITS},
+        "targets": {name: sum(record["targets"] for record in records[name]) for name in SPLITS},
+    }

@@ -1,0 +1,205 @@
+"""Prepared data and a step -> the micro-batches of this rank.
+
+The order of the data is a pure function of (lengths, seed, step):
+
+    epoch e     all examples, permuted by (seed, e)
+    windows     of 4,096 examples, each packed best-fit, its packs permuted by (seed, e, window)
+    pack p      of the whole run goes to step p // B, slot p % B, where B is the global batch
+    slot s      is served by rank s % W of W; slots beyond B, and those past the run's end, are empty packs
+
+World size, micro-batch and restarts do not occur in the first three lines; that is the whole trick. The cursor is one
+integer, the next pack, and travels with each step's work: what a background thread has read ahead is never counted.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from mistral_dist.data.encode import Encoded
+from mistral_dist.data.pack import best_fit
+
+WINDOW = 4096
+"""Examples packed together: enough for a fill of 98 % and more at any usual length, small enough to pack in 2 ms."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands in its data: the next pack. The same for every world size."""
+
+    pack: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank feeds one forward: packs laid end to end in one row of T tokens, with N targets.
+
+    Positions restart at each example, which is how every attention implementation knows where to stop.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [1, T]"""
+    position_ids: torch.Tensor
+    """int64 [1, T], 0 at the start of each example"""
+    predict_from: torch.Tensor
+    """int64 [N]: positions in the row whose hidden states predict the targets"""
+    targets: torch.Tensor
+    """int64 [N]: the token ids to predict"""
+    weights: torch.Tensor
+    """float32 [N]: 1 for a target, 0 for the filler of an empty pack"""
+    ids: tuple[tuple[int, tuple[str, ...]], ...]
+    """(slot, ids of its examples) of each pack in the row"""
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.shape == self.position_ids.shape and self.input_ids.shape[0] == 1
+        assert self.predict_from.shape == self.targets.shape == self.weights.shape
+        assert self.targets.numel() > 0, "a forward without targets would leave a rank out of the backward's collectives"
+
+    @property
+    def slot(self) -> int:
+        """The first slot in the row; -1 for an empty pack."""
+        return self.ids[0][0] if self.ids else -1
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on a device."""
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "ids"}
+        return Batch(**tensors, ids=self.ids)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step, as this rank sees it; the counts are those of the global batch."""
+
+    step: int
+    batches: tuple[Batch, ...]
+    targets: int
+    tokens: int
+    examples: int
+    epoch: float
+    """Epochs finished after this step."""
+    cursor: Cursor
+    """Where the run stands after this step."""
+
+
+class Plan:
+    """Which examples are in which pack, for the whole run."""
+
+    def __init__(
+        self, lengths: np.ndarray, *, capacity: int, seed: int, epochs: int, global_batch_size: int, steps: int | None = None
+    ) -> None:
+        """`lengths`: tokens of each example, int [examples]. Raises ValueError for one above `capacity`."""
+        self.global_batch_size = global_batch_size
+        wanted = None if steps is None else steps * global_batch_size
+        self.packs: list[np.ndarray] = []
+        for epoch in range(epochs):
+            if wanted is not None and len(self.packs) >= wanted:
+                break
+            self.packs += _epoch(lengths, capacity, seed, epoch)
+        self.packs = self.packs[:wanted]
+        self.steps = -(-len(self.packs) // global_batch_size)
+        self._seen = np.cumsum([len(pack) for pack in self.packs], dtype=np.int64)
+        self._examples = len(lengths)
+
+    def step(self, step: int) -> list[np.ndarray]:
+        """The packs of a step (from 0), slot by slot; only the run's last step may have fewer than the global batch."""
+        return self.packs[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+
+    def epoch_after(self, step: int) -> float:
+        """Epochs finished after a step (from 0)."""
+        last = min((step + 1) * self.global_batch_size, len(self.packs)) - 1
+        return float(self._seen[last] / self._examples)
+
+
+def _epoch(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The packs of one epoch, as arrays of example indices."""
+    order = permutation(len(lengths), seed, epoch)
+    packs: list[np.ndarray] = []
+    for window, start in enumerate(range(0, len(order), WINDOW)):
+        members = order[start : start + WINDOW]
+        found = best_fit(lengths[members].tolist(), capacity)
+        # best-fit opens its packs from the longest example to the shortest; training should not see them so
+        packs += [members[found[n]] for n in permutation(len(found), seed, epoch, window + 1)]
+    return packs
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of 0..n-1, int64 [n], decided by the key alone.
+
+    Sorted by the raw output of the counter-based generator Philox (Salmon et al., 2011), which NumPy keeps stable; its
+    `Generator.permutation` may change between versions.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(bits, kind="stable")
+
+
+class Examples(Protocol):
+    """Where the examples come from: indices in, encoded examples out."""
+
+    def encode(self, index: int) -> tuple[str, Encoded]:
+        """(id, token ids and targets) of one example."""
+
+
+class Stream:
+    """The work of one rank, step by step, read ahead in the background."""
+
+    def __init__(
+        self, plan: Plan, examples: Examples, lengths: tuple[np.ndarray, np.ndarray], *, rank: int, world_size: int, micro_batch_size: int
+    ) -> None:
+        """`lengths`: (tokens, targets) of each example, int [examples]."""
+        if world_size > plan.global_batch_size:
+            raise ValueError(f"{world_size} ranks cannot share a global batch of {plan.global_batch_size}")
+        self.plan = plan
+        self._examples = examples
+        self._tokens, self._targets = lengths
+        slots = range(rank, -(-plan.global_batch_size // world_size) * world_size, world_size)
+        self._micro = [slots[i : i + micro_batch_size] for i in range(0, len(slots), micro_batch_size)]
+
+    def work(self, step: int) -> Work:
+        """The work of a step (from 0): a pure function, whatever was read before."""
+        packs = self.plan.step(step)
+        members = np.concatenate(packs)
+        return Work(
+            step=step,
+            batches=tuple(self._batch(packs, slots) for slots in self._micro),
+            targets=int(self._targets[members].sum()),
+            tokens=int(self._tokens[members].sum()),
+            examples=len(members),
+            epoch=self.plan.epoch_after(step),
+            cursor=Cursor((step + 1) * self.plan.global_batch_size),
+        )
+
+    def from_cursor(self, cursor: Cursor) -> Iterator[Work]:
+        """The remaining work of the run; the next step is encoded while this one is trained on."""
+        start = cursor.pack // self.plan.global_batch_size
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as background:
+            ahead = [background.submit(self.work, step) for step in range(start, min(start + 1, self.plan.steps))]
+            for step in range(start, self.plan.steps):
+                work = ahead.pop(0).result()
+                if step + 1 < self.plan.steps:
+                    ahead.append(background.submit(self.work, step + 1))
+                yield work
+
+    def _batch(self, packs: Sequence[np.ndarray], slots: Sequence[int]) -> Batch:
+        filled = [(slot, [self._examples.encode(int(i)) for i in packs[slot]]) for slot in slots if slot < len(packs)]
+        batch = collate([encoded for _, pack in filled for _, encoded in pack])
+        return Batch(**batch, ids=tuple((slot, tuple(id for id, _ in pack)) for slot, pack in filled))
+
+
+def collate(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Examples laid end to end, as the tensors of a Batch. No examples make an empty pack: two tokens, one target of weight 0."""
+    weight = 1.0 if examples else 0.0
+    examples = examples or [Encoded([0, 0], [1])]
+    starts = np.cumsum([0, *(len(example.ids) for example in examples)])[:-1]
+    ids = [token for example in examples for token in example.ids]
+    positions = [n for example in examples for n in range(len(example.ids))]
+    where = [int(start) + position for start, example in zip(starts, examples, strict=True) for position in example.targets]
+    return {
+        "input_ids": torch.tensor([ids], dtype=torch.int64),
+        "position_ids": torch.tensor([positions], dtype=torch.int64),
+        "predict_from": torch.tensor(where, dtype=torch.int64) - 1,
+        "targets": torch.tensor([ids[position] for position in where], dtype=torch.int64),
+        "weights": torch.full((len(where),), weight, dtype=torch.float32),
+    }

@@ -1,0 +1,171 @@
+"""What a person sees in the terminal: live progress, tables, and plain lines where there is no terminal.
+
+Progress is read from the run directory, so it is the same for the process that started the run and for `status --follow`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.progress import track as rich_track
+from rich.table import Table
+
+from mistral_dist.run import RunDirectory, read_json
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+PLAIN_EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
+RECENT = 20
+"""Steps behind the speed that is shown."""
+
+
+def track(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """Iterate with a progress bar."""
+    return rich_track(items, what, console=console, transient=True) if console.is_terminal else items
+
+
+@contextmanager
+def following(run: RunDirectory) -> Iterator[Callable[[], None]]:
+    """A function to call often, which shows how the training of a run goes on."""
+    with _live() if console.is_terminal else _plain() as show:
+        seen = _Metrics(run)
+
+        def tick() -> None:
+            status = run.status() or {}
+            last = seen.last()
+            if status.get("state") == "running" and status.get("steps"):
+                show(status["step"] or 0, status["steps"], _measures(last, seen.tokens_per_second()), seen.seconds_per_step())
+
+        yield tick
+
+
+@contextmanager
+def evaluating(run: RunDirectory) -> Iterator[Callable[[], None]]:
+    """A function to call often, which shows how the evaluation of a run goes on."""
+    with _live() if console.is_terminal else _plain() as show:
+
+        def tick() -> None:
+            progress = read_json(run.path / "evaluation" / "progress.json")
+            if progress is not None:
+                show(progress["done"], progress["total"], "evaluating base and tuned", None)
+
+        yield tick
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """Base against tuned, one measure a row."""
+    table = Table(title=f"{result['n']} held-out examples ({result['split']})", title_justify="left")
+    for column in ("", "base", "tuned"):
+        table.add_column(column, justify="left" if not column else "right")
+    if result["task"] == "classification":
+        for name in ("accuracy", "precision_macro", "recall_macro", "f1_macro"):
+            table.add_row(name.replace("_", " "), *(_interval(result[model][name]) for model in ("base", "tuned")))
+        for label in result["labels"]:
+            f1 = (f"{result[model]['per_class'][label]['f1']:.3f}" for model in ("base", "tuned"))
+            table.add_row(f"f1 {label}", *f1, style="dim")
+        table.caption = "[95 % bootstrap interval]"
+        table.caption_justify = "left"
+    else:
+        for name in ("loss", "perplexity"):
+            table.add_row(name, *(f"{result[model][name]:.4f}" for model in ("base", "tuned")))
+    return table
+
+
+def audit_table(manifest: dict[str, Any], path: Path) -> Table:
+    """What `prepare` did."""
+    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items()) or "none"
+    return facts(
+        [
+            ("rows read", f"{manifest['rows']:,}"),
+            ("repaired", f"{manifest['repaired']:,}"),
+            ("dropped", dropped),
+            ("examples", ", ".join(f"{count:,} {name}" for name, count in manifest["examples"].items())),
+            ("tokens", f"{manifest['tokens']['train']:,} in train, {manifest['targets']['train']:,} of them targets"),
+            ("in", f"{path} (manifest.json; quarantine.jsonl holds what was dropped, with the reason)"),
+        ]
+    )
+
+
+def facts(rows: Iterable[tuple[str, Any]], title: str = "") -> Table:
+    """Names and values, side by side."""
+    table = Table(title=title or None, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[dim]{name}[/dim]", str(value))
+    return table
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s" if rest >= 60 else f"{rest} s"
+
+
+class _Metrics:
+    """The last steps of a run, read twice a second."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._recent: list[dict[str, Any]] = []
+        self._looked = 0.0
+
+    def last(self) -> dict[str, Any] | None:
+        if time.monotonic() - self._looked > 0.5:
+            self._recent, self._looked = self._run.recent_metrics(RECENT), time.monotonic()
+        return self._recent[-1] if self._recent else None
+
+    def seconds_per_step(self) -> float | None:
+        # the first step of a launch warms up caches and says nothing about the next
+        seconds = sorted(entry["seconds"] for entry in self._recent)
+        return seconds[len(seconds) // 2] if seconds else None
+
+    def tokens_per_second(self) -> float | None:
+        seconds = sum(entry["seconds"] for entry in self._recent)
+        return sum(entry["tokens"] for entry in self._recent) / seconds if seconds else None
+
+
+def _measures(last: dict[str, Any] | None, speed: float | None) -> str:
+    return f"loss {last['loss']:.4f}  {speed:,.0f} tokens/s" if last and speed else "loading the model"
+
+
+def _interval(measure: dict[str, float]) -> str:
+    return f"{measure['value']:.3f} [dim]\\[{measure['low']:.3f}, {measure['high']:.3f}][/dim]"
+
+
+Show = Callable[[int, int, str, float | None], None]
+
+
+@contextmanager
+def _live() -> Iterator[Show]:
+    columns = (
+        SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.description}"), TextColumn("ETA {task.fields[eta]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None, eta="-")
+
+        def show(done: int, total: int, what: str, seconds: float | None) -> None:
+            eta = minutes((total - done) * seconds) if seconds else "-"
+            progress.update(task, completed=done, total=total, description=what, eta=eta)
+
+        yield show
+
+
+@contextmanager
+def _plain() -> Iterator[Show]:
+    said = time.monotonic()
+
+    def show(done: int, total: int, what: str, seconds: float | None) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PLAIN_EVERY:
+            said = time.monotonic()
+            eta = f"  ETA {minutes((total - done) * seconds)}" if seconds else ""
+            console.print(f"{done}/{total}  {what}{eta}")
+
+    yield show

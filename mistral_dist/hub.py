@@ -1,0 +1,96 @@
+"""The Hugging Face hub -> this machine. After `fetch`, nothing else needs a network.
+
+Every failure is one line: what was asked for, why it did not come, where to go.
+"""
+
+import shutil
+from pathlib import Path
+
+from mistral_dist.config import Model, Source
+from mistral_dist.errors import DataError, ModelError
+from mistral_dist.runtime import process
+
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+"""Never *.bin or *.pt: pickles are not read."""
+UNWANTED = ["consolidated*", "original/*"]
+"""The same weights a second time, in Mistral's own layout."""
+
+
+def endpoint() -> str:
+    """The hub's address, which HF_ENDPOINT may change."""
+    return process.environment("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def fetch_model(model: Model) -> Path:
+    """Download the base model and its tokenizer into the hub's cache; return the folder.
+
+    A `model.path` is only checked. Raises ModelError with the model's URL and the remedy.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    from mistral_dist.model import local_path
+
+    if model.path is not None:
+        return local_path(model)
+    url = f"{endpoint()}/{model.name}"
+    try:
+        return Path(huggingface_hub.snapshot_download(model.name, revision=model.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except errors.GatedRepoError:
+        raise ModelError(f"{url}: gated; accept its terms on that page, then {_log_in()}") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{url}: has no revision {model.revision!r}; set model.revision") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"{url}: no such model, or a private one; check model.name, or {_log_in()}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); {_without_network('model.path')}") from None
+    except errors.HfHubHTTPError as error:
+        raise ModelError(f"{url}: refused ({_first_line(error)}); {_log_in()}") from None
+    except errors.HFValidationError:
+        raise ModelError(f"model.name: {model.name!r} is no name on the hub (owner/model); for a folder set model.path") from None
+
+
+def fetch_data(source: Source) -> None:
+    """Download a data set into the cache of `datasets`. Raises DataError with its URL and the remedy."""
+    import datasets
+
+    url = f"{endpoint()}/datasets/{source.name}"
+    try:
+        datasets.load_dataset(source.name, name=source.subset, split=source.split)
+    except Exception as error:  # the library wraps the hub's errors in many of its own
+        remedy = f"check data.sources.name and .split, or {_log_in()}; {_without_network('data.sources.path')}"
+        raise DataError(f"{url}: cannot be had ({_first_line(error)}); {remedy}") from None
+
+
+def is_reachable() -> bool:
+    """Whether the hub answers at all."""
+    import httpx
+
+    try:
+        return httpx.head(endpoint(), timeout=5, follow_redirects=True).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _log_in() -> str:
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        return f"log in: no token on this machine (`hf auth login`, or HF_TOKEN from {endpoint()}/settings/tokens)"
+    return "use a token that may read it (`hf auth login`)"
+
+
+def _without_network(setting: str) -> str:
+    return f"without a network set {setting} to a copy, or copy ~/.cache/huggingface from a machine that has one"
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:160]

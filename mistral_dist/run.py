@@ -1,0 +1,232 @@
+"""The run directory: one writer at a time, a status that other tools read, metrics that only grow.
+
+    recipe.yaml          resolved
+    status.json          state, exit code, message, step, steps, checkpoint, updated
+    metrics.jsonl        one object for each step
+    data_order.jsonl     with log.data_order
+    log.txt              what the workers and their libraries printed
+    lease.json           who writes here now
+    checkpoints/ adapter/ evaluation/
+
+Steps count from 1 in everything that is written.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from mistral_dist.config import Recipe, changed_fields
+from mistral_dist.errors import RunError, TrainingError
+from mistral_dist.runtime import process
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+class RunDirectory:
+    """The files of one run. Only the holder of the lease writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.log = path / "log.txt"
+        self.lease: Lease | None = None
+        self._appended: dict[str, Any] = {}
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was started with. Raises RunError where there is no run."""
+        file = self.path / "recipe.yaml"
+        if not file.is_file():
+            raise RunError(f"{self.path}: no run there (recipe.yaml is missing); start one with `mistral-dist train RECIPE`")
+        return Recipe.load(file)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Write down the recipe, or check that it is the one that the run began with. Raises RunError naming a changed field."""
+        file = self.path / "recipe.yaml"
+        if file.is_file():
+            check_same(recipe, self.recipe(), self.path)
+        write_text(file, recipe.dump())
+
+    def status(self) -> dict[str, Any] | None:
+        """The content of status.json, or None where there is none yet."""
+        return read_json(self.path / "status.json")
+
+    def set_status(self, state: State, exit_code: int | None, message: str, **progress: Any) -> None:
+        """Replace status.json; step, steps and checkpoint keep their values unless given."""
+        before = self.status() or {}
+        kept = {key: before.get(key) for key in ("step", "steps", "checkpoint")}
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        status = {"state": state, "exit_code": exit_code, "message": message, **kept, **progress, "updated": now}
+        write_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+
+    def check_lease(self) -> None:
+        """Raise TrainingError where another process has taken the run over."""
+        if self.lease is not None and self.lease.lost:
+            raise TrainingError(f"{self.path}: another process has taken this run over; this one stops without writing")
+
+    def append(self, name: str, entry: dict[str, Any]) -> None:
+        """Add one line to a .jsonl file of the run."""
+        if name not in self._appended:
+            self._appended[name] = open(self.path / name, "a", encoding="utf-8")  # noqa: SIM115 - closed in `sync`
+        self._appended[name].write(json.dumps(entry) + "\n")
+        self._appended[name].flush()
+
+    def sync(self) -> None:
+        """Put what was appended on the disk: before a checkpoint claims that those steps were made."""
+        while self._appended:
+            _, file = self._appended.popitem()
+            os.fsync(file.fileno())
+            file.close()
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines of metrics and data order that lie after a step: they will be made again."""
+        for name in ("metrics.jsonl", "data_order.jsonl"):
+            file = self.path / name
+            if file.is_file():
+                lines = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                write_text(file, "".join(line + "\n" for line in lines))
+
+    def recent_metrics(self, steps: int) -> list[dict[str, Any]]:
+        """The metrics of the last steps, oldest first; a line half written is left out. Costs the same at any length."""
+        try:
+            with open(self.path / "metrics.jsonl", "rb") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1024 * (steps + 1)))
+                lines = stream.read().decode("utf-8", "replace").splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")][-steps:]
+
+
+def check_same(recipe: Recipe, began: Recipe, path: Path) -> None:
+    """Raise RunError where a recipe differs from the one a run began with in what it must not change."""
+    changed = changed_fields(began, recipe)
+    if changed:
+        key, old, new = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise RunError(
+            f"{path}: began with {key}={old!r}, the recipe now says {new!r}{more}; start another run with run.dir=..., or --fresh to"
+            " move the old one aside"
+        )
+
+
+class Lease:
+    """The right to write in a run directory, held by one process anywhere on a shared file system.
+
+    A file made exclusively, renewed in the background. A holder on this host is asked after directly; one on another
+    host counts as gone when it has not renewed for `EXPIRES` seconds.
+    """
+
+    RENEW = 15.0
+    EXPIRES = 120.0
+
+    def __init__(self, run: RunDirectory) -> None:
+        run.lease = self
+        self._file = run.path / "lease.json"
+        self._token = uuid.uuid4().hex
+        self._over = threading.Event()
+        self.lost = False
+
+    def __enter__(self) -> "Lease":
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        while not self._try():
+            check_free(self._file.parent)
+            self._remove_stale()
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if not self.lost and (read_json(self._file) or {}).get("token") == self._token:
+            self._file.unlink(missing_ok=True)
+
+    def _content(self) -> str:
+        holder = {"host": socket.gethostname(), "process": process.identity(), "token": self._token, "renewed": time.time()}
+        return json.dumps(holder)
+
+    def _try(self) -> bool:
+        aside = self._file.with_name(f".lease-{self._token}")
+        aside.write_text(self._content(), encoding="utf-8")
+        try:
+            os.link(aside, self._file)  # fails where the file exists; the content is there from the first moment
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink()
+
+    def _remove_stale(self) -> None:
+        """Remove a dead holder's file; of several that try, one rename succeeds."""
+        grave = self._file.with_name(f".lease-old-{self._token}")
+        try:
+            self._file.rename(grave)
+            grave.unlink()
+        except FileNotFoundError:
+            pass
+
+    def _renew(self) -> None:
+        while not self._over.wait(self.RENEW):
+            if (read_json(self._file) or {}).get("token") != self._token:
+                self.lost = True
+                return
+            write_text(self._file, self._content())
+
+
+def holder(path: Path) -> str | None:
+    """Who writes in a run directory now, in words; None where nobody does."""
+    lease = read_json(path / "lease.json")
+    if lease is None:
+        return None
+    pid = str(lease["process"]).partition(":")[0]
+    if lease["host"] == socket.gethostname():
+        return f"process {pid} on this machine" if process.is_alive(lease["process"]) else None
+    age = time.time() - lease["renewed"]
+    return f"process {pid} on {lease['host']}, {age:.0f} s ago" if age < Lease.EXPIRES else None
+
+
+def check_free(path: Path) -> None:
+    """Raise RunError, naming the holder, where another process writes in a run directory."""
+    who = holder(path)
+    if who is not None:
+        raise RunError(f"{path}: in use by {who}; wait for it, stop it, or start another run with run.dir=...")
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename a run directory to the first free `<name>.old-N`; None where there is none."""
+    if not path.exists():
+        return None
+    check_free(path)
+    target = next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
+    path.rename(target)
+    return target
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old content or the new, also after a crash."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    with open(aside, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON file's object, or None where it is missing."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

@@ -1,0 +1,248 @@
+"""The ranks: devices, preparing the model, backward, reductions, stop requests.
+
+Accelerate starts the process group and wraps the model, in DeepSpeed ZeRO where `accelerate launch` says so and in plain
+data parallelism otherwise. The rooms above see one interface; which of the two is behind it shows nowhere.
+"""
+
+import datetime
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+from mistral_dist.config import Recipe
+from mistral_dist.errors import MachineError, MistralDistError, RecipeError, TrainingError
+from mistral_dist.runtime import process, shards
+
+T = TypeVar("T")
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""A collective that waits longer than this has lost a rank."""
+
+
+class Runtime:
+    """One rank among its peers."""
+
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        """Join the other ranks; with a recipe, to train it. Raises RecipeError or MachineError for what cannot be."""
+        process.die_with_launcher()
+        self.world_size = int(process.environment("WORLD_SIZE", "1"))
+        self.rank = int(process.environment("RANK", "0"))
+        has_gpu = torch.cuda.is_available()
+        zero, accumulation = None, 1
+        if recipe is not None:
+            accumulation = accumulation_steps(recipe, self.world_size)
+            zero = _deepspeed_config(recipe, self.world_size)
+            if recipe.train.deterministic:
+                _make_deterministic()
+        self.zero_stage = zero["zero_optimization"]["stage"] if zero else 0
+        self._accumulation = accumulation
+        self._max_grad_norm = recipe.optim.max_grad_norm if recipe else 1.0
+        self._accelerator = Accelerator(
+            cpu=not has_gpu and zero is None,
+            # the precision is the model's own affair (model.py): no engine casts anything
+            mixed_precision="no",
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero) if zero else None,
+            # whole windows only, and read ahead: the end of a data loader must not force a step of its own
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+            # without a named backend Accelerate takes a CPU rank under DeepSpeed for a lone process
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=TIMEOUT)],
+        )
+        if self._accelerator.num_processes != self.world_size:
+            raise TrainingError(
+                f"joined {self._accelerator.num_processes} of {self.world_size} ranks; are the versions those of constraints.txt?"
+            )
+        self.device = self._accelerator.device
+        self.model: Any = None
+        self._optimizer: Any = None
+        self._grad_norm = 0.0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap model and optimizer, shard them where ZeRO does. The adapter must already hold the values to go on from."""
+        self.model, wrapped = self._accelerator.prepare(model, optimizer)
+        self._optimizer = wrapped.optimizer
+
+    @property
+    def bare_model(self) -> Any:
+        """The model without its wrappers."""
+        return self._accelerator.unwrap_model(self.model)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the coming step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    @contextmanager
+    def micro_step(self) -> Iterator[None]:
+        """Around the forward and backward of one micro-batch: gradients are exchanged at the step's last one only."""
+        with self._accelerator.accumulate(self.model):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Back-propagate a loss that is already divided by the global number of targets.
+
+        Accelerate, or the DeepSpeed engine, divides by the accumulation count, and both average gradients over ranks.
+        Those two divisions are undone here, and nowhere else. Under DeepSpeed the last call of a step also clips,
+        updates and zeroes.
+        """
+        self._accelerator.backward(loss * (self.world_size * self._accumulation))
+
+    def finish_step(self) -> float:
+        """Clip, update, zero; return the gradient's global L2 norm before clipping."""
+        if self.zero_stage:
+            return float(self.model.get_global_grad_norm())
+        norm = self._accelerator.clip_grad_norm_(self.bare_model.parameters(), self._max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, in rank order, on every rank. For small Python objects."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on rank 0 while the others wait; its result, or the error it raised, is everybody's."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (action(), None)
+            except (MistralDistError, OSError) as error:
+                outcome = (None, error)
+        result, problem = self.gather(outcome)[0]
+        if problem is not None:
+            raise problem
+        return result
+
+    def gather_adapter(self) -> dict[str, torch.Tensor]:
+        """The trainable parameters by name, whole, float32, on the CPU; only on rank 0. A collective."""
+        whole = ((name, shards.gather_parameter(parameter)) for name, parameter in self._trainable().items())
+        return self._kept_on_main(whole)
+
+    def gather_moments(self) -> dict[str, torch.Tensor]:
+        """AdamW's moments by `parameter.moment`, whole, float32, on the CPU; only on rank 0. A collective."""
+        return self._kept_on_main(shards.gather_moments(self._trainable(), self._optimizer))
+
+    def scatter_moments(self, moments: dict[str, torch.Tensor], step: int) -> None:
+        """Put back gathered moments and the number of updates made, on any number of ranks."""
+        shards.scatter_moments(self._trainable(), self._optimizer, moments, step)
+
+    def byte_sum(self, parameters: Sequence[torch.nn.Parameter]) -> int:
+        """The sum of all bytes of tensors that may be sharded: equal before and after sharding unless bytes changed.
+
+        A collective once the model is prepared under ZeRO-3; every rank then holds a part, padded with zeros.
+        """
+        sharded = [getattr(parameter, "ds_tensor", None) for parameter in parameters]
+        here = sum(
+            int((parameter if part is None else part).detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
+            for parameter, part in zip(parameters, sharded, strict=True)
+        )
+        is_split = any(part is not None for part in sharded)
+        return sum(self.gather(here)) if is_split else here
+
+    def memory_bytes(self) -> int:
+        """Peak memory of this rank so far: the GPU's allocator, or the process's resident set."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return process.peak_resident_bytes()
+
+    def close(self) -> None:
+        """Leave the group; ranks that have finished wait here for those that have not."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+    def _kept_on_main(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in tensors if self.is_main}
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.bare_model.named_parameters() if p.requires_grad}
+
+
+def seed_noise(seed: int, step: int, slot: int) -> None:
+    """Seed what is random in one micro-batch (LoRA dropout): the same wherever and whenever the slot is computed."""
+    mixed = random.Random(f"{seed}/{step}/{slot}").getrandbits(63)
+    torch.manual_seed(mixed)
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches of each rank in a step. Raises RecipeError where there are more ranks than packs in a step."""
+    packs, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if world_size > packs:
+        raise RecipeError(
+            f"train.global_batch_size={packs}: cannot be shared by {world_size} GPUs; use at most {packs} of them,"
+            " or start a new run with a larger global batch"
+        )
+    per_rank = -(-packs // world_size)
+    return -(-per_rank // micro)
+
+
+def _deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any] | None:
+    """The DeepSpeed JSON that `accelerate launch` named, its "auto" values filled in; None without DeepSpeed."""
+    if process.environment("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    file = process.environment("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        raise MachineError("the accelerate config names no deepspeed_config_file; use one of configs/accelerate/")
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise MachineError(f"{file}: not a DeepSpeed configuration that can be read: {error}") from None
+    return resolve_deepspeed(config, recipe, world_size, file)
+
+
+def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, file: str = "deepspeed config") -> dict[str, Any]:
+    """Fill the "auto" values of a DeepSpeed configuration from the recipe; refuse what would change what is learned.
+
+    Raises MachineError for a number that contradicts the recipe, and for a 16-bit engine: it would cast the adapter's
+    master weights, and the packed 4-bit weights with them (model.py).
+    """
+    accumulation = accumulation_steps(recipe, world_size)
+    decided = {
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": recipe.train.micro_batch_size * accumulation * world_size,
+        "gradient_clipping": recipe.optim.max_grad_norm,
+    }
+    for key, value in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise MachineError(f'{file}: {key} is {config[key]}, the recipe makes it {value}; write "auto"')
+    for key in ("bf16", "fp16", "torch_autocast", "amp"):
+        if config.get(key, {}).get("enabled", False):
+            raise MachineError(
+                f"{file}: {key} must not be enabled: the adapter is kept in float32; remove the section (model.dtype decides)"
+            )
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise MachineError(f"{file}: {key} is the recipe's to decide; remove the section")
+    if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise MachineError(f"{file}: zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml")
+    return {**config, **decided}
+
+
+def _make_deterministic() -> None:
+    """Only kernels that give the same bits each time (a no-op on the CPU, where the ones used here all do)."""
+    process.default_environment(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.backends.cudnn.benchmark = False

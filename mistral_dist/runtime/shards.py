@@ -1,0 +1,96 @@
+"""Adapter and optimizer state by parameter name: gathered from, and spread over, any ZeRO stage and number of ranks.
+
+The state of AdamW is three things for each parameter: the parameter itself (float32, see model.py), its two moments, and
+one step count. Without ZeRO they are whole on every rank. ZeRO-1 and 2 keep each rank's part of all parameters in one flat
+tensor; ZeRO-3 cuts each parameter in equal parts, padded. Nothing here is specific to LoRA.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from mistral_dist.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_parameter(parameter: Any) -> torch.Tensor:
+    """The whole parameter, float32, on the CPU. A collective: every rank calls it."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach().cpu().reshape(parameter.ds_shape).clone()
+    return parameter.detach().cpu().clone()
+
+
+def gather_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(`name.exp_avg`, whole tensor) and so on, float32, on the CPU. A collective: every rank iterates to the end."""
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            yield f"{name}.{moment}", _gather_moment(parameter, optimizer, moment)
+
+
+def scatter_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any, moments: Mapping[str, torch.Tensor], step: int) -> None:
+    """Put gathered moments back, each rank its part, and set AdamW's step count.
+
+    Raises CheckpointError where a moment is missing or of another shape.
+    """
+    _create_state(optimizer, step)
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            value = moments.get(f"{name}.{moment}")
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if value is None or value.shape != shape:
+                found = None if value is None else tuple(value.shape)
+                raise CheckpointError(f"optimizer state {name}.{moment}: expected shape {tuple(shape)}, found {found}")
+            _scatter_moment(parameter, optimizer, moment, value)
+
+
+def _gather_moment(parameter: Any, optimizer: Any, moment: str) -> torch.Tensor:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return safe_get_full_optimizer_state(parameter, moment).detach().cpu().reshape(shape).clone()
+    return optimizer.state[parameter][moment].detach().cpu().clone()
+
+
+def _scatter_moment(parameter: Any, optimizer: Any, moment: str, value: torch.Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        # the library's own setter of whole tensors fails where the ranks do not divide the elements
+        part = parameter.ds_tensor.numel()
+        rank = torch.distributed.get_rank()
+        padded = torch.zeros(part * torch.distributed.get_world_size(), dtype=torch.float32)
+        padded[: value.numel()] = value.flatten()
+        local = padded[rank * part : (rank + 1) * part].to(parameter.ds_tensor.device)
+        safe_set_local_optimizer_state(parameter, local, moment)
+    elif hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+    else:
+        optimizer.state[parameter][moment].copy_(value)
+
+
+def _create_state(optimizer: Any, step: int) -> None:
+    """Give AdamW the state that it would otherwise only make in its first step, with the step count already right."""
+    is_zero = not isinstance(optimizer, torch.optim.Optimizer)
+    inner = optimizer.optimizer if is_zero else optimizer
+    for tensor in _state_tensors(optimizer) if is_zero else [p for group in inner.param_groups for p in group["params"]]:
+        on = tensor.device if inner.defaults.get("fused") else "cpu"
+        inner.state[tensor] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=on),
+            **{moment: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for moment in MOMENTS},
+        }
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # ZeRO-1 and 2 link parameters to their part of the flat state after each step; here it is needed before the first
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _state_tensors(zero: Any) -> list[torch.Tensor]:
+    """The flat float32 tensors that DeepSpeed hands to the torch optimizer: ZeRO-3's, else ZeRO-1's and 2's."""
+    flat = getattr(zero, "fp32_partitioned_groups_flat", None)
+    return list(flat if flat is not None else zero.single_partition_of_fp32_groups)

@@ -1,0 +1,303 @@
+"""A run in training: what it is made of, how far it has come, and the traces it leaves on the disk.
+
+The loop in train.py says when things happen; here is what they are.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mistral_dist import checkpoint
+from mistral_dist.checkpoint import Progress
+from mistral_dist.config import Recipe
+from mistral_dist.data.encode import Encoded, Encoder
+from mistral_dist.data.prepare import Prepared, example_of
+from mistral_dist.data.split import TRAIN
+from mistral_dist.data.stream import Plan, Stream, Work
+from mistral_dist.errors import FINISHED, MistralDistError, RunError, TrainingError
+from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
+from mistral_dist.optim import build_optimizer
+from mistral_dist.run import Lease, RunDirectory
+from mistral_dist.runtime.engine import Runtime
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step showed, the same on every rank."""
+
+    loss: float
+    """Mean over the global batch's targets, nats per token, before the update."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+@dataclass
+class Session:
+    """One rank's view of a run in training."""
+
+    recipe: Recipe
+    runtime: Runtime
+    run: RunDirectory
+    prepared: Prepared
+    steps: int
+    progress: Progress = Progress()
+    saved: int = 0
+    """The step of the newest checkpoint; 0 where there is none."""
+    clock: float = field(default_factory=time.monotonic)
+    """When the step in progress began."""
+    peft_config: Any = None
+
+    @classmethod
+    def start(cls, recipe: Recipe, runtime: Runtime, run: RunDirectory, prepared: Prepared, steps: int) -> "Session":
+        """Build the model, put into it what the last good checkpoint holds, and hand it to the ranks.
+
+        Raises RunError where the data are not those that the run began with.
+        """
+        session = cls(recipe, runtime, run, prepared, steps)
+        attention = choose_attention(recipe.model, runtime.device)
+        ranks = f"{runtime.world_size} x {runtime.device.type}"
+        session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {steps} steps; loading the model")
+        model = build_trainable(recipe, runtime.device, attention)
+        session.peft_config = model.peft_config["default"]
+        parameters = adapter_parameters(model)
+        found = session._find_checkpoint()
+        if found is not None:
+            checkpoint.load_adapter(found, parameters)
+        bytes_before = runtime.byte_sum(packed_weights(model))
+        runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
+        if runtime.byte_sum(packed_weights(runtime.bare_model)) != bytes_before:
+            raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
+        if found is not None:
+            runtime.scatter_moments(checkpoint.load_moments(found), session.progress.step)
+        runtime.on_main(session._mark_start)
+        session.clock = time.monotonic()
+        return session
+
+    def advance(self, work: Work, result: StepResult) -> None:
+        """Note a finished step in metrics, data order and status."""
+        self.progress = Progress(work.step + 1, work.cursor)
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        order = self._data_order(work) if self.recipe.log.data_order else None
+        if not self.runtime.is_main:
+            return
+        self.run.check_lease()
+        self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
+        if order is not None:
+            self.run.append("data_order.jsonl", {"step": self.progress.step, "ids": order})
+        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps)
+        self.say(f"step {self.progress.step}/{self.steps}  loss {result.loss:.4f}  {seconds:.2f} s")
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether this step is one of those that the recipe saves."""
+        return self.progress.step % self.recipe.checkpoint.save_steps == 0
+
+    def is_finished(self) -> bool:
+        """Whether the last step is made."""
+        return self.progress.step >= self.steps
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is there; every rank waits until it is."""
+        if self.progress.step == self.saved:
+            return
+        adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
+
+        def write() -> None:
+            self.run.sync()
+            path = checkpoint.save(
+                self.run.checkpoints,
+                self.progress,
+                adapter=adapter,
+                adapter_config=self._adapter_config(),
+                moments=moments,
+                facts=self._facts(),
+                keep=self.recipe.checkpoint.save_total_limit,
+            )
+            self.run.set_status("running", None, "training", checkpoint=path.name)
+
+        self.runtime.on_main(write)
+        self.saved = self.progress.step
+        self.clock = time.monotonic()
+
+    def publish_adapter(self, tokenizer: Any) -> None:
+        """Write the result: adapter, tokenizer, model card."""
+        adapter = self.runtime.gather_adapter()
+
+        def write() -> None:
+            checkpoint.sweep(self.run.path)
+            aside = self.run.path / f"{checkpoint.ASIDE}adapter"
+            checkpoint.save_adapter(aside, adapter, self._adapter_config())
+            tokenizer.save_pretrained(str(aside))
+            (aside / "README.md").write_text(model_card(self.recipe, self.prepared, self.steps), encoding="utf-8")
+            checkpoint.publish(aside, self.run.adapter)
+
+        self.runtime.on_main(write)
+
+    def end(self, code: int) -> int:
+        """Note how the run ended: FINISHED, or STOPPED with or without a checkpoint to go on from; return the code."""
+        step = f"at step {self.progress.step} of {self.steps}"
+        if code == FINISHED:
+            self.runtime.on_main(lambda: self.run.set_status("finished", code, f"finished {step}"))
+        else:
+            self.runtime.on_main(lambda: self.run.set_status("stopped", code, f"stopped on request {step}; run the same command to go on"))
+        self.runtime.on_main(self.run.sync)
+        return code
+
+    def say(self, line: str) -> None:
+        """One plain line from rank 0."""
+        if self.runtime.is_main:
+            print(line, flush=True)
+
+    def _find_checkpoint(self) -> Path | None:
+        """Rank 0 looks for the newest good checkpoint, and all take that one."""
+
+        def look() -> Path | None:
+            checkpoint.sweep(self.run.checkpoints)
+            found, damaged = checkpoint.latest_good(self.run.checkpoints)
+            for line in damaged:
+                self.say(line)
+            return found
+
+        found = self.runtime.on_main(look)
+        if found is None:
+            return None
+        self.progress, facts = checkpoint.load_progress(found)
+        self.saved = self.progress.step
+        if facts["data"] != self.prepared.fingerprint:
+            raise RunError(
+                f"{self.run.path}: began with other data than {self.prepared.path} holds now; start another run with run.dir=...,"
+                " or --fresh to move the old one aside"
+            )
+        self.say(f"going on from {found.name}")
+        return found
+
+    def _mark_start(self) -> None:
+        self.run.cut_back(self.progress.step)
+        name = f"checkpoint-{self.saved}" if self.saved else None
+        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps, checkpoint=name)
+
+    def _data_order(self, work: Work) -> list[str]:
+        """The ids of the step's examples, slot by slot, as they went through the forward on whichever rank."""
+        ranks = self.runtime.gather([entry for batch in work.batches for entry in batch.ids])
+        return [id for _, ids in sorted(entry for rank in ranks for entry in rank) for id in ids]
+
+    def _metrics(self, work: Work, result: StepResult, seconds: float) -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "epoch": round(work.epoch, 6),
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "trained_tokens": work.targets,
+            "tokens": work.tokens,
+            "examples": work.examples,
+            "tokens_per_second": round(work.tokens / seconds, 1),
+            "seconds": round(seconds, 4),
+            "memory_bytes": self.runtime.memory_bytes(),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint notes beside the progress: what resume checks, and what a reader wants to know."""
+        return {
+            "steps": self.steps,
+            "data": self.prepared.fingerprint,
+            # all noise is drawn from (seed, step, slot): this and the step are every random generator's state
+            "rng": {"seed": self.recipe.train.seed},
+            "written_by": {"world_size": self.runtime.world_size, "zero_stage": self.runtime.zero_stage},
+        }
+
+    def _adapter_config(self) -> Any:
+        """PEFT's configuration as it is saved: for inference, and the same bytes each time."""
+        config = copy(self.peft_config)
+        config.inference_mode = True
+        config.target_modules = sorted(config.target_modules)
+        return config
+
+
+@contextmanager
+def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
+    """The run directory, held by this group of ranks alone; a failure inside is noted in its status.
+
+    Raises RunError where another process writes there, or where the run began with another recipe.
+    """
+    run = RunDirectory(recipe.run_dir)
+    with ExitStack() as held:
+        runtime.on_main(lambda: held.enter_context(Lease(run)) and None)
+        try:
+            runtime.on_main(lambda: run.begin(recipe))
+            yield run
+        except Exception as error:
+            _note_failure(run, error)
+            raise
+
+
+def _note_failure(run: RunDirectory, error: Exception) -> None:
+    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept."""
+    known = isinstance(error, MistralDistError)
+    if not known:
+        traceback.print_exception(error)
+    if known or (run.status() or {}).get("state") != "failed":
+        code = error.exit_code if isinstance(error, MistralDistError) else 1
+        message = str(error) if known else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        run.set_status("failed", code, message)
+
+
+class _Examples:
+    """The train split, encoded when it is asked for."""
+
+    def __init__(self, split: datasets.Dataset, encoder: Encoder) -> None:
+        self._split, self._encoder = split, encoder
+
+    def encode(self, index: int) -> tuple[str, Encoded]:
+        record = self._split[index]
+        encoded = self._encoder.encode(example_of(record))
+        # the plan, the loss's denominator and the step count stand on the stored lengths
+        assert len(encoded.ids) == record["tokens"] and len(encoded.targets) == record["targets"], record["place"]
+        return record["id"], encoded
+
+
+def open_stream(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, world_size: int) -> Stream:
+    """The stream of this rank's work over the whole run."""
+    tokens, targets = prepared.lengths(TRAIN)
+    plan = Plan(
+        tokens,
+        capacity=recipe.data.max_length,
+        seed=recipe.train.seed,
+        epochs=recipe.train.epochs,
+        global_batch_size=recipe.train.global_batch_size,
+        steps=recipe.train.steps,
+    )
+    examples = _Examples(prepared.split(TRAIN), encoder)
+    micro = recipe.train.micro_batch_size
+    return Stream(plan, examples, (tokens, targets), rank=rank, world_size=world_size, micro_batch_size=micro)
+
+
+def model_card(recipe: Recipe, prepared: Prepared, steps: int) -> str:
+    """A README for the adapter: base, data, recipe; with the header that the hub reads."""
+    return f"""---
+base_model: {recipe.model.name}
+library_name: peft
+tags: [lora, qlora, mistral-dist]
+---
+
+# {recipe.run_dir.name}
+
+A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), trained by mistral-dist for {steps} steps on
+{prepared.manifest["examples"][TRAIN]} examples; {prepared.manifest["examples"]["test"]} more were held out for the test.
+
+## Recipe
+
+```yaml
+{recipe.dump().rstrip()}
+```
+"""

@@ -1,0 +1,86 @@
+"""Fine-tuning, from the last good checkpoint (or the base model) to the last step of the recipe.
+
+Started by `mistral-dist train`, or directly:
+
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml -m mistral_dist.train RECIPE [section.field=value ...]
+"""
+
+import math
+import sys
+
+import torch
+
+from mistral_dist.config import Recipe
+from mistral_dist.data.encode import Encoder
+from mistral_dist.data.prepare import open_prepared
+from mistral_dist.data.stream import Work
+from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingError
+from mistral_dist.loss import summed_loss
+from mistral_dist.model import load_tokenizer
+from mistral_dist.optim import lr_at
+from mistral_dist.run import RunDirectory
+from mistral_dist.runtime.engine import Runtime, seed_noise
+from mistral_dist.runtime.process import StopRequest
+from mistral_dist.session import Session, StepResult, open_run, open_stream
+
+
+def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
+    """Train to the end, or to a stop request; return FINISHED or STOPPED."""
+    encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+    prepared = open_prepared(recipe, encoder)
+    stream = open_stream(recipe, prepared, encoder, runtime.rank, runtime.world_size)
+
+    with StopRequest() as stop:
+        session = Session.start(recipe, runtime, run, prepared, stream.plan.steps)
+        for work in stream.from_cursor(session.progress.cursor):
+            result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
+            session.advance(work, result)
+            if result.stop or session.is_checkpoint_due():
+                session.save()
+            if result.stop:
+                break
+
+    if not session.is_finished():
+        return session.end(STOPPED)
+    session.save()
+    session.publish_adapter(encoder.tokenizer)
+    return session.end(FINISHED)
+
+
+def step(runtime: Runtime, work: Work, rate: float, seed: int, stop: StopRequest) -> StepResult:
+    """One optimizer step in which every target token of the global batch counts the same.
+
+    The number of targets is known from the plan, on every rank, before the first forward. So each micro-batch gives its
+    share of the mean, loss sum / targets, and nothing has to be rescaled afterwards.
+    """
+    runtime.set_learning_rate(rate)
+    total = torch.zeros((), device=runtime.device)
+    for batch in work.batches:
+        seed_noise(seed, work.step, batch.slot)
+        with runtime.micro_step():
+            loss = summed_loss(runtime.model, batch.to(runtime.device)) / work.targets
+            runtime.backward(loss)
+        total += loss.detach()
+    grad_norm = runtime.finish_step()
+    mean, stops = runtime.sum([float(total), float(stop.signal is not None)])
+    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
+        raise TrainingError(f"step {work.step + 1}: loss {mean}, gradient norm {grad_norm}; lower optim.learning_rate in a new run")
+    return StepResult(mean, grad_norm, rate, stops > 0)
+
+
+def main(words: list[str]) -> int:
+    """One worker: `RECIPE [section.field=value ...]`; return the exit code."""
+    try:
+        recipe = Recipe.load(words[0] if words else "", words[1:])
+        runtime = Runtime(recipe)
+        with open_run(recipe, runtime) as run:
+            code = train(recipe, runtime, run)
+        runtime.close()
+        return code
+    except MistralDistError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

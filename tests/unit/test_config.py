@@ -1,0 +1,146 @@
+"""The recipe: what is refused, with which words, and that it survives being written and read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mistral_dist.config import ELSEWHERE, FREE_IN_A_RUN, Recipe, changed_fields, did_you_mean, leaves
+from mistral_dist.errors import RecipeError
+
+GOOD = """
+version: 1
+task: {kind: classification, labels: [a, b]}
+data:
+  sources:
+    - path: x.jsonl
+model:
+  name: org/model
+optim:
+  learning_rate: 2e-4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "r.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_yaml_1_1_exponents_are_numbers(recipe: Callable[[str], Path]) -> None:
+    assert Recipe.load(recipe(GOOD)).optim.learning_rate == 2e-4
+
+
+def test_an_override_wins_and_is_typed(recipe: Callable[[str], Path]) -> None:
+    loaded = Recipe.load(recipe(GOOD), ["optim.learning_rate=1e-5", "task.labels=[x, y, z]", "data.sources.0.path=y.csv", "train.steps=7"])
+    assert (loaded.optim.learning_rate, loaded.task.labels, loaded.train.steps) == (1e-5, ("x", "y", "z"), 7)
+    assert loaded.data.sources[0].path == "y.csv"
+
+
+def test_what_is_dumped_is_read_back_equal(recipe: Callable[[str], Path], tmp_path: Path) -> None:
+    loaded = Recipe.load(recipe(GOOD), ["data.sources.0.columns={text: body}"])
+    (tmp_path / "again.yaml").write_text(loaded.dump())
+    assert Recipe.load(tmp_path / "again.yaml") == loaded
+
+
+def test_places_default_to_the_name_of_the_recipe(recipe: Callable[[str], Path]) -> None:
+    loaded = Recipe.load(recipe(GOOD))
+    assert (str(loaded.run_dir), str(loaded.data_dir)) == ("runs/r", "data/r")
+
+
+def test_a_recipe_is_frozen(recipe: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.load(recipe(GOOD)).train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "learning_rate: 2e-4",
+            "learning_rat: 2e-4",
+            ["r.yaml:10", "optim.learning_rat", "no such field", "did you mean optim.learning_rate?"],
+        ),
+        ("learning_rate: 2e-4", "learning_rate: fast", ["r.yaml:10", "optim.learning_rate", "valid number", "'fast'"]),
+        ("learning_rate: 2e-4", "learning_rate: -1", ["r.yaml:10", "optim.learning_rate", "greater than 0", "-1"]),
+        ("learning_rate: 2e-4", "learning_rate: 1\n  learning_rate: 2", ["r.yaml:11", "given twice"]),
+        ("name: org/model", "nam: org/model", ["r.yaml:8", "model.nam", "did you mean model.name?"]),
+        ("model:", "modle:", ["r.yaml:7", "modle", "did you mean model?"]),
+        ("labels: [a, b]", "labels: [a]", ["r.yaml:3", "task.labels", "two or more"]),
+        ("kind: classification", "kind: classify", ["r.yaml:3", "task.kind", "'classification'", "'classify'"]),
+        ("kind: classification", "kind: chat", ["r.yaml:3", "task.labels", "remove them"]),
+        ("- path: x.jsonl", "- {}", ["r.yaml:6", "data.sources.0", "either path", "or name"]),
+        ("version: 1", "version: 2", ["r.yaml:2", "version", "input should be 1", "2"]),
+        ("version: 1\n", "", ["r.yaml", "version", "required"]),
+        ("sources:", "source:", ["r.yaml:5", "did you mean data.sources?"]),
+        ("name: org/model", "name: [", ["r.yaml:", "not valid YAML"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_place_and_remedy(recipe: Callable[[str], Path], old: str, new: str, words: list[str]) -> None:
+    assert old in GOOD
+    message = refusal(recipe(GOOD.replace(old, new, 1)))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rate", ["looks like section.field=value"]),
+        ("lr=1", ["looks like section.field=value"]),
+        ("optim.lr=1", ["override optim.lr", "here it is optim.learning_rate"]),
+        ("train.steps=many", ["override train.steps", "valid integer", "'many'"]),
+        ("version.x=1", ["override version.x", "not a section"]),
+        ("train.steps=[", ["not valid YAML"]),
+    ],
+)
+def test_a_wrong_override_says_so(recipe: Callable[[str], Path], override: str, words: list[str]) -> None:
+    message = refusal(recipe(GOOD), override)
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_recipe_names_the_way_to_one(tmp_path: Path) -> None:
+    assert "mistral-dist init" in refusal(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("train.per_device_train_batch_size", "train.micro_batch_size"),
+        ("lora.lora_rank", "lora.r"),
+        ("sequence_len", "data.max_length"),
+        ("data.cutoff_len", "data.max_length"),
+        ("train.gradient_accumulation_steps", "train.global_batch_size"),
+        ("model.gradient_checkpointing", "train.gradient_checkpointing"),
+    ],
+)
+def test_names_of_other_trainers_are_known(key: str, remedy: str) -> None:
+    assert remedy in did_you_mean(key)
+
+
+def test_every_name_from_elsewhere_leads_to_a_field_that_exists(recipe: Callable[[str], Path]) -> None:
+    known = {key for key, _ in leaves(Recipe.load(recipe(GOOD)).model_dump())} | {"data.sources", "optim"}
+    for name, ours in ELSEWHERE.items():
+        field = ours.split(" ")[0].rstrip(":,")
+        assert field in known or field == "nothing", (name, ours)
+
+
+def test_only_what_must_not_change_counts_as_changed(recipe: Callable[[str], Path]) -> None:
+    path = recipe(GOOD)
+    began = Recipe.load(path)
+    later = Recipe.load(path, ["train.micro_batch_size=2", "checkpoint.save_steps=7", "model.path=/x", "log.data_order=true"])
+    assert changed_fields(began, later) == []
+    assert changed_fields(began, Recipe.load(path, ["optim.learning_rate=1"])) == [("optim.learning_rate", 2e-4, 1.0)]
+    assert {key.split(".")[0] for key in FREE_IN_A_RUN} <= set(Recipe.model_fields)
