@@ -67,7 +67,8 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog="Examples: `mistral-dist train configs/recipes/demo.yaml`; `mistral-dist train my.yaml optim.learning_rate=1e-4 run.dir=runs/lower`;"
+    epilog="Examples: `mistral-dist train configs/recipes/demo.yaml`;"
+    " `mistral-dist train my.yaml optim.learning_rate=1e-4 run.dir=runs/lower`;"
     " `mistral-dist train my.yaml --gpus 4 --zero 3`. Exit codes: 0 finished, 85 stopped (run it again), 2 wrong input, 1 else."
 )
 def train(

@@ -27,9 +27,10 @@ from mistral_dist.data.prepare import Prepared, example_of, open_prepared
 from mistral_dist.data.split import TEST
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.errors import FINISHED, MistralDistError, RunError
+from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
 from mistral_dist.metrics import confusion_matrix, report
-from mistral_dist.model import load_tokenizer, load_tuned
+from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory, write_text
 from mistral_dist.runtime.engine import Runtime
 

@@ -1,10 +1,11 @@
-"""The Hugging Face hub -> this machine. After `fetch`, nothing else needs a network.
+"""The Hugging Face hub -> this machine. After `fetch`, nothing else needs a network, and nothing else asks for one.
 
 Every failure is one line: what was asked for, why it did not come, where to go.
 """
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mistral_dist.config import Model, Source
 from mistral_dist.errors import DataError, ModelError
@@ -21,6 +22,36 @@ def endpoint() -> str:
     return process.environment("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
+def local_path(model: Model) -> Path:
+    """The folder that holds the base. Raises ModelError, naming the command, where there is none on this machine."""
+    if model.path is not None:
+        path = Path(model.path).expanduser()
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.path: {path}: no model there (config.json is missing); set it to a model's folder")
+        return path
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model.name, revision=model.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        remedy = "run `mistral-dist fetch RECIPE` once where there is a network, or set model.path to a copy"
+        raise ModelError(f"model.name: {model.name} ({model.revision}) is not on this machine; {remedy}") from None
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The base's tokenizer, from this machine."""
+    import transformers
+
+    path = local_path(model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer.name_or_path = model.name
+    return tokenizer
+
+
 def fetch_model(model: Model) -> Path:
     """Download the base model and its tokenizer into the hub's cache; return the folder.
 
@@ -28,8 +59,6 @@ def fetch_model(model: Model) -> Path:
     """
     import huggingface_hub
     from huggingface_hub import errors
-
-    from mistral_dist.model import local_path
 
     if model.path is not None:
         return local_path(model)

@@ -20,34 +20,7 @@ import transformers
 
 from mistral_dist.config import Lora, Model, Recipe
 from mistral_dist.errors import MachineError, ModelError
-
-
-def local_path(model: Model) -> Path:
-    """The folder that holds the base. Raises ModelError, naming the command, where there is none on this machine."""
-    if model.path is not None:
-        path = Path(model.path).expanduser()
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.path: {path}: no model there (config.json is missing); set it to a model's folder")
-        return path
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(model.name, revision=model.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        remedy = "run `mistral-dist fetch RECIPE` once where there is a network, or set model.path to a copy"
-        raise ModelError(f"model.name: {model.name} ({model.revision}) is not on this machine; {remedy}") from None
-
-
-def load_tokenizer(model: Model) -> Any:
-    """The base's tokenizer, from this machine."""
-    path = local_path(model)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from error
-    tokenizer.name_or_path = model.name
-    return tokenizer
+from mistral_dist.hub import local_path
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -73,7 +46,11 @@ def choose_attention(model: Model, device: torch.device) -> str:
 
 
 def load_base(model: Model, device: torch.device, attention: str) -> Any:
-    """The frozen base on `device`: its linear layers in NF4 with double quantisation, or as they are."""
+    """The frozen base: its linear layers in NF4 with double quantisation, or as they are.
+
+    Without a device map, which ZeRO-3 forbids: a quantized model goes to the current GPU by itself, another stays on the
+    CPU until it is prepared or moved.
+    """
     dtype = compute_dtype(model, device)
     quantization = None
     if model.quantization == "nf4":
@@ -93,7 +70,6 @@ def load_base(model: Model, device: torch.device, attention: str) -> Any:
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=attention,
-            device_map={"": device},
             trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError) as error:
@@ -145,7 +121,8 @@ def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> pef
 def load_tuned(model: Model, adapter: Path, device: torch.device, attention: str) -> peft.PeftModel:
     """The base with a trained adapter, for evaluation and chat, in eval mode."""
     base = load_base(model, device, attention)
-    return peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=False).eval()
+    tuned = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=False).eval()
+    return tuned if model.quantization == "nf4" else tuned.to(device)
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

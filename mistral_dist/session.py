@@ -27,6 +27,9 @@ from mistral_dist.optim import build_optimizer
 from mistral_dist.run import Lease, RunDirectory
 from mistral_dist.runtime.engine import Runtime
 
+STATUS_EVERY = 1.0
+"""Seconds between two updates of status.json, each of which is synced to the disk."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -55,6 +58,8 @@ class Session:
     """The step of the newest checkpoint; 0 where there is none."""
     clock: float = field(default_factory=time.monotonic)
     """When the step in progress began."""
+    told: float = 0.0
+    """When the status was last written."""
     peft_config: Any = None
 
     @classmethod
@@ -95,7 +100,9 @@ class Session:
         self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
         if order is not None:
             self.run.append("data_order.jsonl", {"step": self.progress.step, "ids": order})
-        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps)
+        if now - self.told > STATUS_EVERY:
+            self.told = now
+            self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps)
         self.say(f"step {self.progress.step}/{self.steps}  loss {result.loss:.4f}  {seconds:.2f} s")
 
     def is_checkpoint_due(self) -> bool:
@@ -123,7 +130,7 @@ class Session:
                 facts=self._facts(),
                 keep=self.recipe.checkpoint.save_total_limit,
             )
-            self.run.set_status("running", None, "training", checkpoint=path.name)
+            self.run.set_status("running", None, "training", step=self.progress.step, checkpoint=path.name)
 
         self.runtime.on_main(write)
         self.saved = self.progress.step
@@ -144,13 +151,17 @@ class Session:
         self.runtime.on_main(write)
 
     def end(self, code: int) -> int:
-        """Note how the run ended: FINISHED, or STOPPED with or without a checkpoint to go on from; return the code."""
+        """Note how the run ended, FINISHED or STOPPED (there is a checkpoint in either case); return the code."""
         step = f"at step {self.progress.step} of {self.steps}"
-        if code == FINISHED:
-            self.runtime.on_main(lambda: self.run.set_status("finished", code, f"finished {step}"))
-        else:
-            self.runtime.on_main(lambda: self.run.set_status("stopped", code, f"stopped on request {step}; run the same command to go on"))
-        self.runtime.on_main(self.run.sync)
+
+        def note() -> None:
+            self.run.sync()
+            if code == FINISHED:
+                self.run.set_status("finished", code, f"finished {step}", step=self.progress.step)
+            else:
+                self.run.set_status("stopped", code, f"stopped on request {step}; run the same command to go on", step=self.progress.step)
+
+        self.runtime.on_main(note)
         return code
 
     def say(self, line: str) -> None:

@@ -15,8 +15,8 @@ from mistral_dist.data.encode import Encoder
 from mistral_dist.data.prepare import open_prepared
 from mistral_dist.data.stream import Work
 from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingError
+from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
-from mistral_dist.model import load_tokenizer
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime, seed_noise

@@ -84,7 +84,7 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
     from mistral_dist.data import prepare, sources
     from mistral_dist.data.encode import Encoder
     from mistral_dist.errors import DataError
-    from mistral_dist.model import load_tokenizer
+    from mistral_dist.hub import load_tokenizer
 
     sources.check(recipe.data.sources)
     encoder = Encoder(load_tokenizer(recipe.model), recipe.task)

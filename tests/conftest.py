@@ -54,7 +54,8 @@ def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def texts() -> list[dict[str, str]]:
     """300 rows of text and label, of ragged lengths, none a duplicate of another."""
-    words = "array frame symbol graph tensor model index series solve node gradient token shape merge factor edge".split()
+    nouns = "array frame symbol graph tensor model index series solve node gradient token shape merge factor edge"
+    words = nouns.split()
     rows = []
     for n in range(300):
         length = 4 + (n * 7919) % 41

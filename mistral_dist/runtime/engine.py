@@ -41,6 +41,7 @@ class Runtime:
             zero = _deepspeed_config(recipe, self.world_size)
             if recipe.train.deterministic:
                 _make_deterministic()
+        grouped = zero is not None or self.world_size > 1
         self.zero_stage = zero["zero_optimization"]["stage"] if zero else 0
         self._accumulation = accumulation
         self._max_grad_norm = recipe.optim.max_grad_norm if recipe else 1.0
@@ -51,8 +52,9 @@ class Runtime:
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero) if zero else None,
             # whole windows only, and read ahead: the end of a data loader must not force a step of its own
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-            # without a named backend Accelerate takes a CPU rank under DeepSpeed for a lone process
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=TIMEOUT)],
+            # without a named backend Accelerate takes a CPU rank under DeepSpeed for a lone process; a process that is
+            # alone it would make wait for a group
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=TIMEOUT)] if grouped else [],
         )
         if self._accelerator.num_processes != self.world_size:
             raise TrainingError(

@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
-
-import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHER = "MISTRAL_DIST_LAUNCHER"
-"""pid and start time of the `mistral-dist` process that started a worker, as `pid:seconds`."""
+"""The `identity` of the `mistral-dist` process that started a worker."""
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,18 +41,24 @@ def quiet_libraries(has_gpu: bool) -> None:
 
 
 def identity() -> str:
-    """This process as `pid:start time`, which a later process with the same pid does not share."""
-    return f"{os.getpid()}:{psutil.Process().create_time():.2f}"
+    """This process as `pid:start:boot`, which no later process shares, with the same pid or after a restart."""
+    return _identity(os.getpid()) or ""
 
 
 def is_alive(identity: str) -> bool:
     """Whether the process of an `identity` of this host still runs."""
-    pid, _, started = identity.partition(":")
+    pid = identity.partition(":")[0]
+    return pid.isdigit() and _identity(int(pid)) == identity
+
+
+def _identity(pid: int) -> str | None:
+    """From /proc, since a start time in seconds would move when the clock is set. None for a process that has ended."""
     try:
-        process = psutil.Process(int(pid))
-        return f"{process.create_time():.2f}" == started and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
-        return False
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    started = rest[18]  # field 22 of proc(5): clock ticks from boot to start
+    return None if state in "ZX" else f"{pid}:{started}:{BOOT.read_text().strip()[:8]}"
 
 
 def ask_for_death_with_parent() -> None:

@@ -12,6 +12,7 @@ from mistral_dist.data.encode import Encoded
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.errors import MachineError, ModelError
 from mistral_dist.evaluate import Candidates, label_row, label_scores
+from mistral_dist.hub import load_tokenizer, local_path
 from mistral_dist.loss import summed_loss
 from mistral_dist.model import (
     adapter_parameters,
@@ -20,8 +21,6 @@ from mistral_dist.model import (
     choose_attention,
     compute_dtype,
     load_base,
-    load_tokenizer,
-    local_path,
     packed_weights,
 )
 

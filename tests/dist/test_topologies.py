@@ -1,0 +1,79 @@
+"""One run, any machines: the same recipe under one process, ZeRO-1, 2 and 3, on one, two and three ranks.
+
+Real processes on gloo, the real engine, a real pretrained model (its lower layers) in NF4.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.launch import lines, losses, mistral_dist, train
+
+STEPS = 50
+TOPOLOGIES = {"one process": (1, 0), "ZeRO-1 x 2": (2, 1), "ZeRO-2 x 2": (2, 2), "ZeRO-3 x 2": (2, 3), "ZeRO-3 x 3": (3, 3)}
+WriteRecipe = Callable[..., Path]
+
+
+def all_topologies(recipe: Path, folder: Path, *overrides: str) -> dict[str, Path]:
+    assert mistral_dist("prepare", recipe).returncode == 0
+    return {
+        name: train(recipe, *overrides, f"run.dir={folder / name.replace(' ', '-')}", processes=processes, zero=zero)
+        for name, (processes, zero) in TOPOLOGIES.items()
+    }
+
+
+def test_float32_losses_and_order_agree_under_every_topology(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(train={"epochs": 4, "steps": STEPS, "global_batch_size": 4, "gradient_checkpointing": False})
+    runs = all_topologies(recipe, tmp_path / "runs")
+    alone = runs["one process"]
+    assert len(losses(alone)) == STEPS
+    order = lines(alone / "data_order.jsonl")
+    assert len({id for entry in order[: STEPS // 4] for id in entry["ids"]}) > 50
+    for name, run in runs.items():
+        assert lines(run / "data_order.jsonl") == order, name
+        worst = max(abs(a - b) for a, b in zip(losses(run), losses(alone), strict=True))
+        print(f"{name}: float32 losses within {worst:.1e} of one process at each of {STEPS} steps")
+        assert worst <= 1e-4, name
+    assert losses(alone)[-1] < losses(alone)[0]
+
+
+def test_bfloat16_losses_agree_under_every_topology(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(train={"epochs": 4, "steps": STEPS, "global_batch_size": 4, "gradient_checkpointing": False})
+    runs = all_topologies(recipe, tmp_path / "runs", "model.dtype=bfloat16")
+    alone = runs["one process"]
+    for name, run in runs.items():
+        assert lines(run / "data_order.jsonl") == lines(alone / "data_order.jsonl"), name
+        first = abs(losses(run)[0] - losses(alone)[0])
+        mean = abs(sum(losses(run)) / sum(losses(alone)) - 1)
+        print(f"{name}: bfloat16 first loss within {first:.1e}, mean loss within {mean:.2%} of one process")
+        assert first <= 1e-3, name
+        assert mean <= 0.02, name
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_agree_however_a_global_batch_is_cut(write_recipe: WriteRecipe, tmp_path: Path, zero: int) -> None:
+    """Promise 1, through the real engine: 1 rank x 8 packs, 1 x 2 x 4 accumulations, 2 ranks x 2 x 2.
+
+    After the first step AdamW's first moment is (1 - beta1) x gradient, so a checkpoint of it holds the gradient that
+    the engine made, whatever the engine was.
+    """
+    recipe = write_recipe(
+        train={"steps": 1, "global_batch_size": 8, "gradient_checkpointing": False}, optim={"max_grad_norm": 1e9, "learning_rate": 1e-3}
+    )
+    assert mistral_dist("prepare", recipe).returncode == 0
+    cuts = {"1 x 8": (1, 0, 8), "1 x 2 x 4": (1, zero, 2), "2 x 2 x 2": (2, zero, 2)}
+    gradients = {}
+    for name, (processes, stage, micro) in cuts.items():
+        words = (f"train.micro_batch_size={micro}", f"run.dir={tmp_path / 'runs' / name.replace(' ', '')}")
+        run = train(recipe, *words, processes=processes, zero=stage)
+        moments = load_file(run / "checkpoints" / "checkpoint-1" / "optimizer.safetensors")
+        gradients[name] = {key: value / 0.1 for key, value in moments.items() if key.endswith("exp_avg")}
+        assert lines(run / "metrics.jsonl")[0]["trained_tokens"] % 8, "the targets should be ragged"
+    wanted = gradients.pop("1 x 8")
+    assert len(wanted) == 2 * 7 * 3
+    for name, found in gradients.items():
+        worst = max(float((found[key] - gradient).norm() / gradient.norm()) for key, gradient in wanted.items())
+        print(f"{name}, ZeRO-{zero}: relative error of each parameter's gradient at most {worst:.1e}")
+        assert worst <= 1e-5, name

@@ -1,0 +1,196 @@
+"""The whole way, as a user goes it: prepare, train, evaluate, chat; and the adapter in the hands of plain PEFT."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, lines, mistral_dist, run_dir, status
+
+WriteRecipe = Callable[..., Path]
+
+PLAIN_PEFT = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+base_path, adapter, test, labels, prompt, system = sys.argv[1:]
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+base = AutoModelForCausalLM.from_pretrained(base_path, quantization_config=nf4, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, adapter).eval()
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+labels = labels.split(",")
+for line in open(test):
+    row = json.loads(line)
+    question = prompt.replace("{labels}", ", ".join(labels)).replace("{text}", row["text"])
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    scores = []
+    for label in labels:
+        ids = start + tokenizer.encode(label + tokenizer.eos_token, add_special_tokens=False)
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        scores.append(sum(float(logprobs[i - 1, ids[i]]) for i in range(len(start), len(ids))))
+    print(json.dumps({"id": row["id"], "tuned": labels[scores.index(max(scores))]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_model: Path, texts: list[dict[str, str]]) -> Path:
+    """A finished and evaluated run of 30 steps."""
+    from tests.conftest import LABELS
+
+    folder = tmp_path_factory.mktemp("flow")
+    # the label can be told from the text, so that there is something to learn
+    rows = [{**row, "text": f"{row['label'][::-1]} {row['text']}"} for row in texts]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "version": 1,
+        "task": {"kind": "classification", "labels": list(LABELS), "prompt": "Which of {labels}?\n{text}", "system": "Answer."},
+        "data": {"sources": [{"path": str(folder / "rows.jsonl")}], "dir": str(folder / "data"), "max_length": 192},
+        "model": {"name": "test/small", "path": str(small_model), "dtype": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "optim": {"learning_rate": 1e-2},
+        "train": {"epochs": 3, "steps": 30, "global_batch_size": 4, "gradient_checkpointing": False},
+        "run": {"dir": str(folder / "runs" / "flow")},
+    }
+    (folder / "flow.yaml").write_text(json.dumps(recipe))
+    done = mistral_dist("train", folder / "flow.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = mistral_dist("evaluate", folder / "runs" / "flow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "f1 macro" in done.stdout
+    return folder / "flow.yaml"
+
+
+def test_the_run_directory_is_as_the_contract_says(trained: Path) -> None:
+    run = run_dir(trained)
+    found = status(run)
+    assert set(found) == {"state", "exit_code", "message", "step", "steps", "checkpoint", "updated"}
+    assert (found["state"], found["exit_code"], found["step"], found["checkpoint"]) == ("finished", 0, 30, "checkpoint-30")
+    assert set(lines(run / "metrics.jsonl")[0]) == {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "trained_tokens", "tokens", "examples", "tokens_per_second", "seconds",
+        "memory_bytes",
+    }  # fmt: skip
+    assert {path.name for path in (run / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert json.loads((run / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "test/small"
+    assert not (run / "lease.json").exists()
+    assert not list(run.rglob(".*")), "nothing half-written is left"
+
+
+def test_the_evaluation_is_as_the_contract_says(trained: Path) -> None:
+    run = run_dir(trained)
+    test = json.loads((run / "evaluation/test.json").read_text())
+    predictions = lines(run / "evaluation/predictions.jsonl")
+    manifest = json.loads((trained.parent / "data/manifest.json").read_text())
+    assert test["n"] == len(predictions) == manifest["examples"]["test"]
+    for model in ("base", "tuned"):
+        for measure in ("accuracy", "precision_macro", "recall_macro", "f1_macro"):
+            assert set(test[model][measure]) == {"value", "low", "high"}
+        right = sum(line[model] == line["label"] for line in predictions)
+        assert test[model]["accuracy"]["value"] == pytest.approx(right / len(predictions), abs=1e-12)
+        assert sum(map(sum, test[model]["confusion_matrix"])) == test["n"]
+    assert test["labels"] == ["numpy", "pandas", "sympy", "networkx", "torch", "transformers"]
+    assert test["tuned"]["accuracy"]["value"] > test["base"]["accuracy"]["value"] + 0.3
+
+
+def test_plain_peft_gives_the_same_predictions(trained: Path) -> None:
+    """A fresh process that knows nothing of this package: transformers, PEFT, the base and the adapter."""
+    import datasets
+
+    run, recipe = run_dir(trained), json.loads(trained.read_text())
+    test = trained.parent / "test.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in datasets.load_from_disk(str(trained.parent / "data/test"))))
+    words = [recipe["model"]["path"], run / "adapter", test, ",".join(recipe["task"]["labels"]), recipe["task"]["prompt"], "Answer."]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_PEFT, *map(str, words)], capture_output=True, text=True, check=True, cwd=trained.parent
+    )
+    plain = {line["id"]: line["tuned"] for line in map(json.loads, done.stdout.splitlines())}
+    ours = {line["id"]: line["tuned"] for line in lines(run / "evaluation/predictions.jsonl")}
+    assert plain == ours
+
+
+def test_predictions_do_not_depend_on_the_number_of_ranks_or_the_batch(trained: Path) -> None:
+    run = run_dir(trained)
+    wanted = (run / "evaluation/predictions.jsonl").read_bytes()
+    done = mistral_dist("evaluate", run, "evaluate.max_tokens=256", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / "evaluation/predictions.jsonl").read_bytes() == wanted
+
+
+def test_chat_answers_with_probabilities(trained: Path) -> None:
+    text = json.loads((trained.parent / "rows.jsonl").read_text().splitlines()[0])["text"]
+    done = mistral_dist("chat", run_dir(trained), "--message", text)
+    assert done.returncode == 0, done.stderr
+    first = next(line for line in done.stdout.splitlines() if "numpy" in line or "pandas" in line)
+    assert "numpy" in first
+
+
+def test_status_says_how_a_run_stands(trained: Path) -> None:
+    done = mistral_dist("status", run_dir(trained))
+    assert done.returncode == 0
+    for words in ("finished", "30 of 30", "checkpoint-30"):
+        assert words in done.stdout
+
+
+def test_a_changed_recipe_is_refused_with_both_ways_out_and_fresh_starts_anew(trained: Path) -> None:
+    run = run_dir(trained)
+    done = mistral_dist("train", trained, "optim.learning_rate=0.5")
+    assert done.returncode == 2
+    for words in ("optim.learning_rate=0.01", "0.5", "run.dir=", "--fresh"):
+        assert words in done.stderr
+    done = mistral_dist("train", trained, "optim.learning_rate=0.5", "train.steps=1", "--fresh", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run.with_name("flow.old-1") / "adapter").is_dir()
+    assert status(run)["steps"] == 1
+    # back in place for the tests after this one
+    subprocess.run(["rm", "-r", str(run)], check=True)
+    run.with_name("flow.old-1").rename(run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("chat", {"messages": [{"role": "user", "content": "Count: {n}"}, {"role": "assistant", "content": "{n} is a number."}]}),
+        ("instruct", {"prompt": "Say {n}", "completion": "{n}!"}),
+        ("pretrain", {"text": "Chapter {n}. In the beginning of part {n} there was a word, and then another."}),
+    ],
+)
+def test_the_other_tasks_train_and_are_measured_by_their_loss(write_recipe: WriteRecipe, kind: str, row: dict[str, object]) -> None:
+    rows = [json.loads(json.dumps(row).replace("{n}", str(n))) for n in range(80)]
+    recipe = write_recipe(
+        rows=rows,
+        task={"kind": kind, "labels": [], "prompt": "{text}", "system": None},
+        train={"steps": 4, "global_batch_size": 2},
+        model={"dtype": "bfloat16"},
+        lora={"init_lora_weights": True},
+    )
+    done = mistral_dist("train", recipe, "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = mistral_dist("evaluate", run_dir(recipe), "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    test = json.loads((run_dir(recipe) / "evaluation/test.json").read_text())
+    assert test["n"] == 8
+    assert test["tuned"]["loss"] < test["base"]["loss"]
+    done = mistral_dist("chat", run_dir(recipe), "--message", "Say 5")
+    assert done.returncode == 0, done.stderr
+
+
+def test_debug_mode_takes_twenty_steps_in_a_run_of_its_own(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    done = subprocess.run(
+        [str(ROOT / "launch/debug.sh"), str(recipe)], capture_output=True, text=True, check=False, cwd=ROOT, env=with_command()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = run_dir(recipe)
+    assert not run.exists()
+    assert status(run.with_name(f"{run.name}-debug"))["step"] == 20
+
+
+def with_command() -> dict[str, str]:
+    """An environment in which `mistral-dist` is found, as after activating the virtual environment."""
+    import os
+
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -1,0 +1,104 @@
+"""What a user can get wrong: one line with place and remedy, exit code 2, no traceback, no model loaded; everywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import ROOT, run_dir
+
+WriteRecipe = Callable[..., Path]
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+WAYS = {
+    "mistral-dist": ["mistral-dist", "train"],
+    "single_gpu.sh": [str(ROOT / "launch/single_gpu.sh")],
+    "multi_gpu.sh": [str(ROOT / "launch/multi_gpu.sh")],
+    "debug.sh": [str(ROOT / "launch/debug.sh")],
+    "slurm": [str(ROOT / "slurm/train.sh")],
+}
+
+
+def refused(way: str, recipe: Path, *overrides: str) -> str:
+    """Start in one of the ways; return the one line that it answers with."""
+    done = subprocess.run(
+        [*WAYS[way], str(recipe), *overrides], capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT, timeout=120
+    )
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line and "gemm_4bit" not in line]
+    assert done.returncode == 2, said
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(said) == 1, said
+    return said[0]
+
+
+def break_recipe(mistake: str, write: WriteRecipe, tmp_path: Path, texts: list[dict[str, str]]) -> tuple[Path, list[str]]:
+    """A recipe with one mistake, and what the answer must contain."""
+    if mistake == "wrong key":
+        return write(optim={"learning_rates": 1}), ["small.yaml:1", "optim.learning_rates", "did you mean optim.learning_rate?"]
+    if mistake == "wrong type":
+        return write(train={"epochs": "two"}), ["small.yaml:1", "train.epochs", "valid integer", "'two'"]
+    if mistake == "missing file":
+        recipe = write()
+        (tmp_path / "small.jsonl").unlink()
+        return recipe, ["small.jsonl: no such file", "set data.sources"]
+    if mistake == "empty split":
+        return write(rows=texts[:6]), ["the validation split is empty", "6 rows read", "data.validation_fraction=0"]
+    if mistake == "target-less example":
+        chat: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": f"hi {n}"}]} for n in range(3)]
+        recipe = write(rows=chat, task={"kind": "chat", "labels": [], "prompt": "{text}"})
+        return recipe, ["small.jsonl:1", "no answer to learn from", "add one or remove the row"]
+    if mistake == "missing model":
+        return write(model={"path": str(tmp_path)}), ["model.path", "no model there"]
+    assert mistake == "missing recipe"
+    return tmp_path / "nothing.yaml", ["nothing.yaml: no such recipe", "mistral-dist init"]
+
+
+MISTAKES = ("wrong key", "wrong type", "missing file", "empty split", "target-less example", "missing model", "missing recipe")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(mistake: str, write_recipe: WriteRecipe, tmp_path: Path, texts: list[dict[str, str]]) -> None:
+    recipe, words = break_recipe(mistake, write_recipe, tmp_path, texts)
+    line = refused("mistral-dist", recipe)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "mistral-dist"])
+@pytest.mark.parametrize("mistake", ["wrong key", "empty split"])
+def test_also_through_the_scripts(way: str, mistake: str, write_recipe: WriteRecipe, tmp_path: Path, texts: list[dict[str, str]]) -> None:
+    recipe, words = break_recipe(mistake, write_recipe, tmp_path, texts)
+    line = refused(way, recipe)
+    for word in words:
+        assert word in line
+
+
+def test_more_processes_than_packs(write_recipe: WriteRecipe) -> None:
+    line = refused("mistral-dist", write_recipe(), "--processes", "5")
+    assert "train.global_batch_size=4: cannot be shared by 5 processes" in line
+
+
+def test_a_bare_accelerate_launch_names_the_command_that_is_missing(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    done = subprocess.run(
+        ["accelerate", "launch", "--config_file", "configs/accelerate/single_gpu.yaml", "-m", "mistral_dist.train", str(recipe)],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "no prepared data there; run `mistral-dist prepare`" in done.stderr
+    assert json.loads((run_dir(recipe) / "status.json").read_text())["exit_code"] == 2
+
+
+def test_a_mistyped_recipe_does_not_wait_for_imports(write_recipe: WriteRecipe) -> None:
+    """Not a timing: importing torch is what takes the time, so it must not have happened."""
+    recipe = write_recipe(optim={"learning_rates": 1})
+    code = (
+        "import sys\nfrom mistral_dist import cli\nsys.argv[1:] = ['train', sys.argv[1]]\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split() == ["2", "False"]

@@ -1,0 +1,103 @@
+"""Starting the real thing from tests: `mistral-dist`, its launcher and workers, as a user would."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "mistral_dist.cli"]
+LIMIT = 300
+"""Seconds after which something hangs."""
+
+
+def mistral_dist(*words: str | Path, cwd: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end."""
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+
+
+def train(recipe: Path, *overrides: str, processes: int = 2, zero: int = 2) -> Path:
+    """Train a recipe to its end; return the run directory."""
+    done = mistral_dist("train", recipe, *overrides, "--processes", str(processes), "--zero", str(zero))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir(recipe, overrides)
+
+
+def run_dir(recipe: Path, overrides: tuple[str, ...] = ()) -> Path:
+    chosen = [word.removeprefix("run.dir=") for word in overrides if word.startswith("run.dir=")]
+    return Path(chosen[-1] if chosen else json.loads(recipe.read_text())["run"]["dir"])
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run measured, without clocks and memory."""
+    clocks = ("tokens_per_second", "seconds", "memory_bytes")
+    return [{key: value for key, value in entry.items() if key not in clocks} for entry in lines(run / "metrics.jsonl")]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in metrics(run)]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+@contextmanager
+def training(recipe: Path, *overrides: str, until: int, processes: int = 2, zero: int = 2) -> "Iterator[subprocess.Popen[str]]":
+    """A training that has made `until` steps; whatever of it still lives is killed at the end."""
+    words = ["train", str(recipe), *overrides, "--processes", str(processes), "--zero", str(zero)]
+    run = run_dir(recipe, overrides)
+    started = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses_so_far(run)) >= until, started)
+        yield started
+    finally:
+        for process in [started.pid, *(child.pid for child in workers(run))]:
+            kill(process)
+        started.communicate()
+
+
+def losses_so_far(run: Path) -> list[str]:
+    return re.findall(r'"loss": ([^,]+)', (run / "metrics.jsonl").read_text())
+
+
+def wait_for(condition: Any, process: "subprocess.Popen[str] | None" = None) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - started < LIMIT, "waited too long"
+        time.sleep(0.05)
+
+
+def workers(run: Path, module: str = "mistral_dist.train") -> list[psutil.Process]:
+    """The workers of a run, found by their command line: the agent's words and the recipe's path."""
+    recipe = next((entry for entry in (run.parent.parent.glob("*.yaml"))), None)
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = " ".join(process.cmdline())
+            if module in command and str(recipe.parent if recipe else run) in command and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,236 @@
+"""The hub's own client against a hub of ours on this machine: each refusal is one line with a URL and a remedy."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+NAME = "org/tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "mistral"}',
+    "tokenizer.json": b"{}",
+    "model.safetensors": b"weights",
+    # what every model on the hub has, and `fetch` leaves there
+    ".gitattributes": b"*.safetensors filter=lfs",
+    "README.md": b"# tiny",
+    "consolidated.safetensors": b"weights again",
+    "pytorch_model.bin": b"pickle",
+}
+WANTED = ["config.json", "model.safetensors", "tokenizer.json"]
+
+Reply = tuple[int, dict[str, str], bytes]
+Fetch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers with what the hub answers; a reply in `refuse` goes before, by what its request's path begins with."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.refuse: dict[str, Reply] = {}
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def reply(self, path: str) -> Reply:
+        self.asked.append(path)
+        for start, reply in self.refuse.items():
+            if path.startswith(start):
+                return reply
+        if path.startswith(f"/api/models/{NAME}/tree/"):
+            return json_reply([{"type": "file", "path": name, "size": len(body), "oid": oid(body)} for name, body in FILES.items()])
+        if path.startswith(f"/api/models/{NAME}"):
+            return json_reply({"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
+        body = FILES.get(path.rpartition("/")[2])
+        if body is None or not path.startswith(f"/{NAME}/resolve/"):
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        return 200, {"ETag": f'"{oid(body)}"', "X-Repo-Commit": COMMIT}, body
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        status, headers, body = self.server.reply(self.path)
+        if status == 0:  # the connection breaks
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def json_reply(content: object) -> Reply:
+    return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+def refusal(status: int, code: str = "", message: str = "") -> Reply:
+    return status, {"X-Error-Code": code, "X-Error-Message": message} if code else {}, b"{}"
+
+
+def oid(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"version: 1\ntask: {{kind: chat}}\ndata: {{sources: [{{path: x.jsonl}}], dir: {tmp_path}/d}}\nmodel: {{name: {NAME}}}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Fetch:
+    """Run Python with a hub's cache of its own: the library reads its settings when it is imported."""
+
+    def start(*words: str | Path, endpoint: str, offline: bool = False, **environment: str) -> "subprocess.CompletedProcess[str]":
+        ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING")) and "proxy" not in key.lower()}
+        ours |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT), "NO_PROXY": "*", **environment}
+        ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # progress is no message
+        if offline:
+            ours["HF_HUB_OFFLINE"] = "1"
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=tmp_path, env=ours, capture_output=True, text=True, timeout=120, check=False)
+
+    return start
+
+
+@pytest.fixture
+def fetch(python: Fetch, recipe: Path) -> Fetch:
+    def start(*overrides: str, endpoint: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return python("-m", "mistral_dist.cli", "fetch", recipe, *overrides, endpoint=endpoint, **environment)
+
+    return start
+
+
+def the_line(done: "subprocess.CompletedProcess[str]") -> str:
+    """The one line that a refused fetch leaves."""
+    shown = done.stdout + done.stderr
+    assert "Traceback" not in shown
+    assert done.returncode == 2, shown
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, shown
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "reply", "words"),
+    [
+        (f"/api/models/{NAME}", refusal(403, "GatedRepo", "Access to model is restricted"), ["gated; accept its terms", "log in", "HF_TOKEN"]),
+        (f"/{NAME}/resolve", refusal(403, "GatedRepo", "Access to model is restricted"), ["gated; accept its terms", "log in", "HF_TOKEN"]),
+        (f"/{NAME}/resolve", refusal(401, "GatedRepo", "Access to model is restricted"), ["gated; accept its terms", "log in", "HF_TOKEN"]),
+        (f"/api/models/{NAME}", refusal(401), ["log in", "HF_TOKEN"]),
+        (f"/api/models/{NAME}", refusal(404, "RepoNotFound", "Repository not found"), ["no such model", "check model.name"]),
+        (f"/api/models/{NAME}", refusal(404, "RevisionNotFound", "Invalid rev id"), ["no revision 'main'", "set model.revision"]),
+        (f"/api/models/{NAME}", refusal(403), ["refused", "403", "log in"]),
+        (f"/api/models/{NAME}", refusal(0), ["cannot be reached", "model.path"]),
+        (f"/{NAME}/resolve", refusal(0), ["cannot be reached", "model.path"]),
+    ],
+)
+def test_a_refusal_is_one_line_with_url_and_remedy(hub: Hub, fetch: Fetch, path: str, reply: Reply, words: list[str]) -> None:
+    hub.refuse[path] = reply
+    line = the_line(fetch(endpoint=hub.url))
+    for word in [f"{hub.url}/{NAME}", *words]:
+        assert word in line
+
+
+def test_who_has_a_token_is_not_told_to_log_in(hub: Hub, fetch: Fetch) -> None:
+    hub.refuse[f"/api/models/{NAME}"] = refusal(403, "GatedRepo")
+    line = the_line(fetch(endpoint=hub.url, HF_TOKEN="hf_test"))
+    assert "use a token that may read it" in line
+    assert "no token on this machine" not in line
+
+
+def test_a_hub_that_does_not_answer_is_one_line_with_url_and_remedy(fetch: Fetch) -> None:
+    with socket.socket() as taken:  # bound but not listening: connections are refused at once, and nobody else gets the port
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        line = the_line(fetch(endpoint=url))
+    for word in [f"{url}/{NAME}", "cannot be reached", "model.path"]:
+        assert word in line
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused(hub: Hub, fetch: Fetch) -> None:
+    line = the_line(fetch("model.name=a/b/c", endpoint=hub.url))
+    assert "model.name" in line
+    assert "a/b/c" in line
+    assert hub.asked == []
+
+
+def test_a_missing_data_set_is_one_line_with_url_and_remedy(hub: Hub, fetch: Fetch, recipe: Path) -> None:
+    hub.refuse["/api/datasets/org/rows"] = refusal(404, "RepoNotFound")
+    recipe.write_text(recipe.read_text().replace("path: x.jsonl", "name: org/rows"))
+    line = the_line(fetch(endpoint=hub.url))
+    for word in [f"{hub.url}/datasets/org/rows", "data.sources.name", "data.sources.path"]:
+        assert word in line
+
+
+def test_what_was_fetched_is_found_without_a_network(hub: Hub, fetch: Fetch, python: Fetch, tmp_path: Path) -> None:
+    done = fetch(endpoint=hub.url)
+    assert done.returncode == 0, done.stderr
+    hub.shutdown()
+    asked = len(hub.asked)
+    code = f"from mistral_dist.config import Model; from mistral_dist.hub import local_path; print(local_path(Model(name={NAME!r})))"
+    found = python("-c", code, endpoint=hub.url, offline=True)
+    assert found.returncode == 0, found.stderr
+    folder = Path(found.stdout.strip())
+    assert sorted(file.name for file in folder.iterdir()) == WANTED
+    assert all((folder / name).read_bytes() == FILES[name] for name in WANTED)
+    assert f"{NAME}: {folder}" in done.stdout
+    assert len(hub.asked) == asked
+
+
+def test_weights_are_never_fetched_as_a_pickle_or_twice(hub: Hub, fetch: Fetch) -> None:
+    assert fetch(endpoint=hub.url).returncode == 0
+    assert sorted({path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}) == WANTED
+
+
+def test_a_model_that_was_not_fetched_names_the_command(python: Fetch, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"messages": []}\n')
+    line = the_line(python("-m", "mistral_dist.cli", "prepare", recipe, endpoint="http://127.0.0.1:9", offline=True))
+    for word in [NAME, "mistral-dist fetch", "model.path"]:
+        assert word in line
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_the_doctor_sees_whether_the_hub_answers(hub: Hub, python: Fetch, listening: bool) -> None:
+    if not listening:
+        hub.shutdown()
+        hub.server_close()
+    found = python("-c", "from mistral_dist.hub import is_reachable; print(is_reachable())", endpoint=hub.url)
+    assert found.stdout.strip() == str(listening), found.stderr
