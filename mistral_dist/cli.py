@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
-from mistral_dist.errors import FAILED, FINISHED, WRONG_INPUT, MistralDistError
+from mistral_dist.errors import MistralDistError
 from mistral_dist.runtime.process import quiet_libraries
 
 app = typer.Typer(
@@ -149,13 +148,13 @@ def status(run_folder: RunFolder, follow: Annotated[bool, typer.Option("--follow
 @app.command(epilog="Example: `mistral-dist doctor`")
 def doctor() -> None:
     """Look at this machine: versions, GPUs, attention kernels, disk, hub."""
-    from mistral_dist.display import console
+    from mistral_dist.display import console, escape
     from mistral_dist.doctor import examine
 
     for finding in examine():
-        mark = "[green]ok[/green]" if finding.ok else "[yellow]look[/yellow]"
-        remedy = f"  [dim]{finding.remedy}[/dim]" if finding.remedy else ""
-        console.print(f"{mark:>25}  {finding.what:<14} {finding.found}{remedy}", soft_wrap=True)
+        mark = "[green]  ok[/green]" if finding.ok else "[yellow]look[/yellow]"
+        remedy = f"  [dim]{escape(finding.remedy)}[/dim]" if finding.remedy else ""
+        console.print(f"{mark}  {finding.what:<14} {escape(finding.found)}{remedy}", soft_wrap=True)
 
 
 @app.command(epilog="Example: `mistral-dist demo`, as often as you like: it goes on where it was")
@@ -202,21 +201,15 @@ def _status_table(run: Any) -> Any:
 
 
 def main() -> None:
-    """The command `mistral-dist`."""
+    """The command `mistral-dist`: exits with 0, 1, 2 or 85, never with a traceback for what the user can mend."""
     quiet_libraries(has_gpu=Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = WRONG_INPUT
-    except click.Abort:
-        code = FAILED
+        app()
     except MistralDistError as error:
-        from mistral_dist.display import errors
+        from mistral_dist.display import errors, escape
 
-        errors.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", soft_wrap=True)
-        code = error.exit_code
-    sys.exit(code if isinstance(code, int) else FINISHED)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

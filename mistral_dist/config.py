@@ -7,10 +7,8 @@ stage and the launcher live in `configs/accelerate` and `configs/deepspeed`, bec
 Precedence: field defaults < recipe file < overrides. No environment variables, no includes.
 """
 
-import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mistral_dist.errors import RecipeError
+from mistral_dist.recipe_file import explain, parse_override, read_yaml, set_field
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -250,14 +249,14 @@ class Recipe(Section):
         Raises RecipeError with file, line, key, value and remedy.
         """
         path = Path(path)
-        tree, lines = _read_yaml(path)
-        words = dict(_parse_override(word) for word in overrides)
+        tree, lines = read_yaml(path)
+        words = dict(parse_override(word) for word in overrides)
         for key, value in words.items():
-            _set(tree, key, value)
+            set_field(tree, key, value)
         try:
             recipe = cls.model_validate(tree)
         except ValidationError as error:
-            raise RecipeError(_explain(error, path, lines, words)) from None
+            raise RecipeError(explain(error, path, lines, words, known_fields())) from None
         return recipe._with_default_places(path.stem)
 
     def _with_default_places(self, name: str) -> "Recipe":
@@ -305,138 +304,8 @@ def digest(section: BaseModel | dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML speaks YAML 1.1, where `2e-4` is a string and a repeated key silently wins; neither is wanted."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's tree, and the line of each dotted key."""
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe; `mistral-dist init DIR` lays out commented ones")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, _Loader)
-        node = yaml.compose(text, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (version, task, data, model, ...), not {type(tree).__name__}")
-    return tree, dict(_key_lines(node))
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = f"{prefix}{key.value}"
-            yield dotted, key.start_mark.line + 1
-            yield from _key_lines(value, f"{dotted}.")
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield f"{prefix}{index}", value.start_mark.line + 1
-            yield from _key_lines(value, f"{prefix}{index}.")
-
-
-def _parse_override(word: str) -> tuple[str, Any]:
-    key, equals, value = word.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)+", key):
-        raise RecipeError(f"{word!r}: an override looks like section.field=value, e.g. optim.learning_rate=1e-4")
-    try:
-        return key, yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"{word!r}: the value is not valid YAML; quote it, e.g. '{key}=\"...\"'") from None
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, field = key.split(".")
-    for depth, name in enumerate(sections):
-        if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
-            tree = tree[int(name)]
-            continue
-        if not isinstance(tree, dict):
-            raise RecipeError(f"override {key}: {'.'.join(sections[:depth])} is not a section")
-        tree = tree.setdefault(name, {})
-    if not isinstance(tree, dict):
-        raise RecipeError(f"override {key}: {'.'.join(sections)} is not a section")
-    tree[field] = value
-
-
-ELSEWHERE = {
-    # Trainer / TRL
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size (accumulation follows from it)",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "max_seq_length": "data.max_length",
-    "output_dir": "run.dir",
-    "logging_dir": "run.dir",
-    "lr": "optim.learning_rate",
-    "warmup_steps": "optim.warmup_ratio (a share of all steps)",
-    "bf16": "model.dtype: bfloat16",
-    "fp16": "model.dtype: bfloat16 (float16 is not supported)",
-    "tf32": "model.dtype",
-    "load_in_4bit": "model.quantization: nf4",
-    "attn_implementation": "model.attention",
-    "model_name_or_path": "model.name",
-    "model_id": "model.name",
-    "dataset_name": "data.sources",
-    "max_grad_norm": "optim.max_grad_norm",
-    "optim": "optim (a section; the optimizer is AdamW)",
-    # axolotl
-    "base_model": "model.name",
-    "revision_of_model": "model.revision",
-    "datasets": "data.sources",
-    "dataset_prepared_path": "data.dir",
-    "val_set_size": "data.validation_fraction",
-    "sequence_len": "data.max_length",
-    "sample_packing": "nothing: packing is always on, and exact",
-    "micro_batch_size": "train.micro_batch_size",
-    "num_epochs": "train.epochs",
-    "adapter": "model.quantization: nf4 (QLoRA) or none (LoRA)",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.lora_dropout",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target_linear": "lora.target_modules: all-linear",
-    "lr_scheduler": "optim.lr_scheduler_type",
-    "flash_attention": "model.attention: flash_attention_2",
-    "xformers_attention": "model.attention",
-    # LLaMA-Factory
-    "stage": "task.kind",
-    "finetuning_type": "model.quantization: nf4 (QLoRA) or none (LoRA)",
-    "template": "nothing: the tokenizer's own chat template is used",
-    "dataset": "data.sources",
-    "cutoff_len": "data.max_length",
-    "lora_rank": "lora.r",
-    "lora_target": "lora.target_modules",
-    "quantization_bit": "model.quantization: nf4",
-    "val_size": "data.validation_fraction",
-    "packing": "nothing: packing is always on, and exact",
-    "flash_attn": "model.attention",
-    # ours, often guessed
-    "alpha": "lora.lora_alpha",
-    "batch_size": "train.global_batch_size",
-    "epochs": "train.epochs",
-    "scheduler": "optim.lr_scheduler_type",
-    "max_len": "data.max_length",
-    "output": "run.dir",
-}
-"""Names that other trainers give to what has a place here."""
-
-
-def _known_fields() -> list[str]:
+def known_fields() -> list[str]:
+    """Every dotted key that a recipe may have; those of the sources as if there were one."""
     fields = []
     for name, field in Recipe.model_fields.items():
         fields.append(name)
@@ -444,46 +313,3 @@ def _known_fields() -> list[str]:
         if isinstance(section, type) and issubclass(section, BaseModel):
             fields += [f"{name}.{inner}" for inner in section.model_fields]
     return fields + [f"data.sources.0.{inner}" for inner in Source.model_fields]
-
-
-def did_you_mean(key: str) -> str:
-    """The remedy for an unknown dotted key: the field that was most likely meant."""
-    name, known = key.split(".")[-1], _known_fields()
-    if name in ELSEWHERE and ELSEWHERE[name].split(" ")[0].rstrip(":") != key:
-        return f"here it is {ELSEWHERE[name]}"
-    same_name = [field for field in known if field.split(".")[-1] == name and "sources" not in field]
-    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
-    section = key.rsplit(".", 1)[0]
-    siblings = [field.rsplit(".", 1)[1] for field in known if field.startswith(f"{section}.") and field.count(".") == 1]
-    return f"known here: {', '.join(siblings or [field for field in known if '.' not in field])}"
-
-
-def _explain(error: ValidationError, path: Path, lines: dict[str, int], overrides: dict[str, Any]) -> str:
-    """One line for the first problem that pydantic found, and how many more there are."""
-    problems = error.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    parts = [str(part) for part in first["loc"]]
-    # pydantic names the branch of a union or a tag after the field; only what the user wrote is shown
-    while (
-        len(parts) > 2 and ".".join(parts) not in lines and parts[-1] not in Recipe.model_fields and ("[" in parts[-1] or "'" in parts[-1])
-    ):
-        parts.pop()
-    key = ".".join(parts)
-    line = next((lines[k] for k in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if k in lines), None)
-    place = f"override {key}" if key in overrides else f"{path}:{line}" if line else str(path)
-    more = f" ({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''} after this)" if len(problems) > 1 else ""
-    return f"{place}: {_problem(first, key)}{more}"
-
-
-def _problem(problem: Any, key: str) -> str:
-    kind, value = problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        return f"{key}: no such field; {did_you_mean(key)}"
-    if kind == "missing":
-        return f"{key}: this field is required; add it"
-    if kind == "value_error":
-        return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    expected = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {expected}, but it is {value!r}"

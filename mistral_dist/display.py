@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.progress import track as rich_track
 from rich.table import Table
@@ -96,7 +97,7 @@ def facts(rows: Iterable[tuple[str, Any]], title: str = "") -> Table:
     """Names and values, side by side."""
     table = Table(title=title or None, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(f"[dim]{name}[/dim]", str(value))
+        table.add_row(f"[dim]{name}[/dim]", escape(str(value)))
     return table
 
 
@@ -169,3 +170,6 @@ def _plain() -> Iterator[Show]:
             console.print(f"{done}/{total}  {what}{eta}")
 
     yield show
+
+
+__all__ = ["audit_table", "console", "errors", "escape", "evaluating", "evaluation_table", "facts", "following", "minutes", "track"]

@@ -4,6 +4,8 @@ Every failure is one line: what was asked for, why it did not come, where to go.
 """
 
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,10 @@ def local_path(model: Model) -> Path:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.path: {path}: no model there (config.json is missing); set it to a model's folder")
         return path
-    import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(model.name, revision=model.revision, local_files_only=True))
+        return _snapshot(model, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         remedy = "run `mistral-dist fetch RECIPE` once where there is a network, or set model.path to a copy"
         raise ModelError(f"model.name: {model.name} ({model.revision}) is not on this machine; {remedy}") from None
@@ -57,26 +58,36 @@ def fetch_model(model: Model) -> Path:
 
     A `model.path` is only checked. Raises ModelError with the model's URL and the remedy.
     """
-    import huggingface_hub
     from huggingface_hub import errors
 
     if model.path is not None:
         return local_path(model)
     url = f"{endpoint()}/{model.name}"
     try:
-        return Path(huggingface_hub.snapshot_download(model.name, revision=model.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return _snapshot(model)
     except errors.GatedRepoError:
         raise ModelError(f"{url}: gated; accept its terms on that page, then {_log_in()}") from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{url}: has no revision {model.revision!r}; set model.revision") from None
     except errors.RepositoryNotFoundError:
         raise ModelError(f"{url}: no such model, or a private one; check model.name, or {_log_in()}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); {_without_network('model.path')}") from None
-    except errors.HfHubHTTPError as error:
-        raise ModelError(f"{url}: refused ({_first_line(error)}); {_log_in()}") from None
     except errors.HFValidationError:
         raise ModelError(f"model.name: {model.name!r} is no name on the hub (owner/model); for a folder set model.path") from None
+    except (OSError, errors.HTTPError) as error:
+        # the library wraps one in the other: what the hub answered, or that it did not answer, is the cause
+        cause = error.__cause__ or error
+        response = getattr(cause, "response", None)
+        if response is not None and response.status_code < 500:
+            raise ModelError(f"{url}: refused ({_first_line(cause)}); {_log_in()}") from None
+        raise ModelError(f"{url}: cannot be reached ({_first_line(cause)}); {_without_network('model.path')}") from None
+
+
+def _snapshot(model: Model, **options: Any) -> Path:
+    """The base's files in the hub's cache; the same selection for fetching and for finding what was fetched."""
+    import huggingface_hub
+
+    options |= {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    return Path(huggingface_hub.snapshot_download(model.name, revision=model.revision, **options))
 
 
 def fetch_data(source: Source) -> None:
@@ -93,11 +104,13 @@ def fetch_data(source: Source) -> None:
 
 def is_reachable() -> bool:
     """Whether the hub answers at all."""
-    import httpx
-
+    request = urllib.request.Request(endpoint(), method="HEAD")
     try:
-        return httpx.head(endpoint(), timeout=5, follow_redirects=True).status_code < 500
-    except httpx.HTTPError:
+        with urllib.request.urlopen(request, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError:
         return False
 
 

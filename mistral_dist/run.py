@@ -11,6 +11,7 @@
 Steps count from 1 in everything that is written.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -135,8 +136,10 @@ class Lease:
     def __enter__(self) -> "Lease":
         self._file.parent.mkdir(parents=True, exist_ok=True)
         while not self._try():
+            found = read_json(self._file)
             check_free(self._file.parent)
-            self._remove_stale()
+            if found is not None:
+                self._remove(found["token"])
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
         return self
 
@@ -160,14 +163,17 @@ class Lease:
         finally:
             aside.unlink()
 
-    def _remove_stale(self) -> None:
-        """Remove a dead holder's file; of several that try, one rename succeeds."""
+    def _remove(self, token: str) -> None:
+        """Remove a dead holder's file, but not that of another who has taken over from it in the meantime."""
         grave = self._file.with_name(f".lease-old-{self._token}")
         try:
             self._file.rename(grave)
-            grave.unlink()
         except FileNotFoundError:
-            pass
+            return
+        if (read_json(grave) or {}).get("token") != token:
+            with contextlib.suppress(FileExistsError):
+                os.link(grave, self._file)
+        grave.unlink()
 
     def _renew(self) -> None:
         while not self._over.wait(self.RENEW):
@@ -210,11 +216,14 @@ def write_text(file: Path, text: str) -> None:
     """Replace a file in one step: readers see the old content or the new, also after a crash."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
-    with open(aside, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    try:
+        with open(aside, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

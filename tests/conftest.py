@@ -64,36 +64,51 @@ def texts() -> list[dict[str, str]]:
     return rows
 
 
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def recipe_writer(small_model: Path, texts: list[dict[str, str]]) -> Callable[[Path], WriteRecipe]:
+    """For a folder, a function that writes a small classification recipe and its data there.
+
+    Keyword arguments of that function replace fields of sections, e.g. `train={"steps": 3}`.
+    """
+
+    def in_folder(folder: Path) -> WriteRecipe:
+        def write(name: str = "small", rows: list[dict[str, object]] | None = None, **sections: dict[str, object]) -> Path:
+            data = folder / f"{name}.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in (texts if rows is None else rows)))
+            recipe: dict[str, dict[str, object] | int] = {
+                "version": 1,
+                "task": {"kind": "classification", "labels": list(LABELS), "prompt": "Which of {labels}?\n{text}", "system": "Answer."},
+                "data": {
+                    "sources": [{"path": str(data)}],
+                    "dir": str(folder / "data" / name),
+                    "max_length": 192,
+                    "near_duplicates": None,
+                },
+                "model": {"name": "test/small", "path": str(small_model), "dtype": "float32"},
+                # B random, so that A has a gradient at the first step, and small: at a scale of 2 the model is so badly
+                # conditioned that float32's rounding alone is 1e-5 of a gradient (in float64 the same tests agree to 1e-15)
+                "lora": {"r": 4, "lora_alpha": 1, "init_lora_weights": False},
+                "optim": {"learning_rate": 1e-3, "warmup_ratio": 0.1},
+                "train": {"global_batch_size": 4, "gradient_checkpointing": False},
+                "checkpoint": {"save_steps": 5},
+                "log": {"data_order": True},
+                "run": {"dir": str(folder / "runs" / name)},
+            }
+            for section, fields in sections.items():
+                recipe[section] = {**recipe.get(section, {}), **fields}  # type: ignore[dict-item]
+            path = folder / f"{name}.yaml"
+            path.write_text(json.dumps(recipe))  # JSON is YAML
+            return path
+
+        return write
+
+    return in_folder
+
+
 @pytest.fixture
-def write_recipe(tmp_path: Path, small_model: Path, texts: list[dict[str, str]]) -> Callable[..., Path]:
-    """Write a small classification recipe, with its data, into the test's folder; keyword arguments replace sections' fields."""
-
-    def write(name: str = "small", rows: list[dict[str, object]] | None = None, **sections: dict[str, object]) -> Path:
-        data = tmp_path / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in (texts if rows is None else rows)))
-        recipe: dict[str, dict[str, object] | int] = {
-            "version": 1,
-            "task": {"kind": "classification", "labels": list(LABELS), "prompt": "Which of {labels}?\n{text}", "system": "Answer."},
-            "data": {
-                "sources": [{"path": str(data)}],
-                "dir": str(tmp_path / "data" / name),
-                "max_length": 192,
-                "near_duplicates": None,
-            },
-            "model": {"name": "test/small", "path": str(small_model), "dtype": "float32"},
-            # B random, so that A has a gradient at the first step, and small: at the scale of 2 the model is so badly
-            # conditioned that float32's rounding alone is 1e-5 of a gradient (in float64 the same tests agree to 1e-15)
-            "lora": {"r": 4, "lora_alpha": 1, "init_lora_weights": False},
-            "optim": {"learning_rate": 1e-3, "warmup_ratio": 0.1},
-            "train": {"global_batch_size": 4, "gradient_checkpointing": False},
-            "checkpoint": {"save_steps": 5},
-            "log": {"data_order": True},
-            "run": {"dir": str(tmp_path / "runs" / name)},
-        }
-        for section, fields in sections.items():
-            recipe[section] = {**recipe.get(section, {}), **fields}  # type: ignore[dict-item]
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps(recipe))  # JSON is YAML
-        return path
-
-    return write
+def write_recipe(recipe_writer: Callable[[Path], WriteRecipe], tmp_path: Path) -> WriteRecipe:
+    """Writes a small recipe, with its data, into the test's folder."""
+    return recipe_writer(tmp_path)

@@ -27,16 +27,15 @@ def mistral_dist(*words: str | Path, cwd: Path = ROOT, **environment: str) -> "s
     )
 
 
-def train(recipe: Path, *overrides: str, processes: int = 2, zero: int = 2) -> Path:
-    """Train a recipe to its end; return the run directory."""
-    done = mistral_dist("train", recipe, *overrides, "--processes", str(processes), "--zero", str(zero))
+def train(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: int = 2) -> Path:
+    """Train a recipe to its end in a run directory; return that."""
+    done = mistral_dist("train", recipe, f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero))
     assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir(recipe, overrides)
+    return run
 
 
-def run_dir(recipe: Path, overrides: tuple[str, ...] = ()) -> Path:
-    chosen = [word.removeprefix("run.dir=") for word in overrides if word.startswith("run.dir=")]
-    return Path(chosen[-1] if chosen else json.loads(recipe.read_text())["run"]["dir"])
+def run_dir(recipe: Path) -> Path:
+    return Path(json.loads(recipe.read_text())["run"]["dir"])
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -58,10 +57,9 @@ def status(run: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def training(recipe: Path, *overrides: str, until: int, processes: int = 2, zero: int = 2) -> "Iterator[subprocess.Popen[str]]":
+def training(recipe: Path, run: Path, *overrides: str, until: int, processes: int = 2, zero: int = 2) -> "Iterator[subprocess.Popen[str]]":
     """A training that has made `until` steps; whatever of it still lives is killed at the end."""
-    words = ["train", str(recipe), *overrides, "--processes", str(processes), "--zero", str(zero)]
-    run = run_dir(recipe, overrides)
+    words = ["train", str(recipe), f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero)]
     started = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses_so_far(run)) >= until, started)
@@ -84,14 +82,13 @@ def wait_for(condition: Any, process: "subprocess.Popen[str] | None" = None) -> 
         time.sleep(0.05)
 
 
-def workers(run: Path, module: str = "mistral_dist.train") -> list[psutil.Process]:
-    """The workers of a run, found by their command line: the agent's words and the recipe's path."""
-    recipe = next((entry for entry in (run.parent.parent.glob("*.yaml"))), None)
+def workers(run: Path) -> list[psutil.Process]:
+    """The workers and agents of a training in a run directory, found by their command line."""
     found = []
     for process in psutil.process_iter():
         try:
             command = " ".join(process.cmdline())
-            if module in command and str(recipe.parent if recipe else run) in command and process.status() != psutil.STATUS_ZOMBIE:
+            if "mistral_dist.train" in command and f"run.dir={run} " in f"{command} " and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

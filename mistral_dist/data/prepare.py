@@ -15,6 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data import sources
 from mistral_dist.data.clean import Audit, Example, clean
-from mistral_dist.data.encode import Encoder
+from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.split import SPLITS, TRAIN, split
 from mistral_dist.errors import DataError
 
@@ -64,8 +65,8 @@ class Prepared:
 
     def lengths(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, targets) of each example of a split, int32 [examples]."""
-        table = self.split(name).with_format("numpy")
-        return np.asarray(table["tokens"][:], np.int32), np.asarray(table["targets"][:], np.int32)
+        table = self.split(name).data
+        return table.column("tokens").to_numpy(), table.column("targets").to_numpy()
 
 
 def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what: items) -> Prepared:
@@ -74,6 +75,7 @@ def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what
     Raises DataError for a missing or unreadable source, a row that is no example, or an empty split.
     """
     sources.check(recipe.data.sources)
+    _refuse_foreign(recipe.data_dir)
     seen = sources.state(recipe.data.sources)
     audit = Audit()
     rows = track(sources.read(recipe.data.sources), "reading and cleaning")
@@ -141,42 +143,59 @@ def _measured(examples: Iterable[Example], recipe: Recipe, encoder: Encoder, aud
     """Records with their lengths; over-long examples are cut into pieces (pretrain), dropped and counted, or refused."""
     capacity = recipe.data.max_length
     for example in examples:
-        for piece in _pieces(example, capacity, encoder) if recipe.task.kind == "pretrain" else [example]:
-            encoded = encoder.encode(piece)
-            if len(encoded.ids) <= capacity:
-                yield _record(piece, example.id, len(encoded.ids), len(encoded.targets))
-            elif recipe.data.overlong == "drop":
-                audit.drop(example, "too_long", f"{len(encoded.ids)} tokens, data.max_length is {capacity}")
-            else:
-                raise DataError(
-                    f"{example.place}: {len(encoded.ids)} tokens, but data.max_length is {capacity};"
-                    " raise it, shorten the example, or set data.overlong=drop"
-                )
+        if recipe.task.kind == "pretrain":
+            yield from _pieces(example, capacity, encoder)
+            continue
+        encoded = encoder.encode(example)
+        if len(encoded.ids) <= capacity:
+            yield _record(example, example.id, example.id, encoded)
+        elif recipe.data.overlong == "drop":
+            audit.drop(example, "too_long", f"{len(encoded.ids)} tokens, data.max_length is {capacity}")
+        else:
+            raise DataError(
+                f"{example.place}: {len(encoded.ids)} tokens, but data.max_length is {capacity};"
+                " raise it, shorten the example, or set data.overlong=drop"
+            )
 
 
-def _pieces(example: Example, capacity: int, encoder: Encoder) -> list[Example]:
-    """A text cut, between tokens, into pieces that fit with their begin and end tokens."""
-    spans = encoder.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    # a piece tokenized alone may have a token more than it had inside the text: two spare beside begin and end
-    room = max(1, capacity - 4)
-    if len(spans) <= capacity - 2:
-        return [example]
-    starts = [spans[n][0] for n in range(0, len(spans), room)]
-    ends = [*starts[1:], len(example.text)]
-    texts = [example.text[a:b] for a, b in zip(starts, ends, strict=True)]
-    return [replace(example, place=f"{example.place} part {n}", text=text) for n, text in enumerate(texts, 1) if text]
+def _pieces(example: Example, capacity: int, encoder: Encoder) -> Iterator[dict[str, Any]]:
+    """Records of a text, cut between characters where it is longer than a pack; put together they are the text."""
+    whole = encoder.encode(example)
+    if len(whole.ids) <= capacity:
+        yield _record(example, example.id, example.id, whole)
+        return
+    for number, text in enumerate(_cut(example, example.text, capacity, encoder), 1):
+        piece = replace(example, place=f"{example.place} part {number}", text=text)
+        yield _record(piece, f"{example.id}-{number}", example.id, encoder.encode(piece))
 
 
-def _record(example: Example, document: str, tokens: int, targets: int) -> dict[str, Any]:
+def _cut(example: Example, text: str, capacity: int, encoder: Encoder) -> Iterator[str]:
+    """Parts of a text of at most `capacity` tokens each, begin and end included, and of about the same length."""
+    if len(encoder.encode(replace(example, text=text)).ids) <= capacity:
+        yield text
+        return
+    spans = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    # one character may be several tokens with the same offset: only where the offset moves is a place to cut
+    places = [start for (before, _), (start, _) in pairwise(spans) if start > before]
+    if not places:
+        raise DataError(f"{example.place}: data.max_length={capacity} does not hold a single character of it; raise data.max_length")
+    # tokenized alone, a part may have a token more than it had inside the text: two spare beside begin and end
+    parts = -(-len(spans) // max(1, capacity - 4))
+    edges = sorted({0, *(places[len(places) * part // parts] for part in range(1, parts)), len(text)})
+    for begin, end in pairwise(edges):
+        yield from _cut(example, text[begin:end], capacity, encoder)
+
+
+def _record(example: Example, name: str, document: str, encoded: Encoded) -> dict[str, Any]:
     return {
-        "id": example.id,
+        "id": name,
         "document": document,
         "place": example.place,
         "text": example.text,
         "label": example.label,
         "messages": list(example.messages),
-        "tokens": tokens,
-        "targets": targets,
+        "tokens": len(encoded.ids),
+        "targets": len(encoded.targets),
     }
 
 
@@ -197,7 +216,8 @@ def _write(
     aside.mkdir(parents=True)
     try:
         for name in SPLITS:
-            datasets.Dataset.from_list(records[name], features=FEATURES).save_to_disk(str(aside / name))
+            columns = {column: [record[column] for record in records[name]] for column in FEATURES}
+            datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside / name))
         with open(aside / "quarantine.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in audit.quarantine)
         manifest = _manifest(recipe, encoder, audit, records, seen)
@@ -209,14 +229,19 @@ def _write(
 
 
 def _put_in_place(aside: Path, target: Path) -> None:
-    """Replace a data directory. What else stands there (a folder that prepare did not make) is never removed."""
-    if target.exists() and read_manifest(target) is None and any(target.iterdir()):
-        raise DataError(f"data.dir: {target}: exists and holds something else; choose another data.dir or move it away")
+    """Replace a data directory."""
+    _refuse_foreign(target)
     old = target.parent / f".{target.name}-old-{uuid.uuid4().hex[:8]}"
     if target.exists():
         target.rename(old)
     aside.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path) -> None:
+    """What stands in the place of a data directory without being one is never removed."""
+    if target.exists() and read_manifest(target) is None and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"data.dir: {target}: exists and holds something else; choose another data.dir or move it away")
 
 
 def _manifest(

@@ -1,28 +1,25 @@
 """Files, folders and hub data sets -> rows, each with the place that a person can look up.
 
-Reading is the `datasets` library's: JSON Lines, JSON, CSV, Parquet, text and Markdown, plain or compressed. Here a row
-only gets its place, `file:line` where the format has lines (JSON Lines, text) and `file row N` elsewhere.
+Text formats are read here, line by line, so that a text stays the text it is (a CSV cell `NA`, a label `01`, a JSON string
+`2024-01-31`) and a mistake has its line. Parquet, JSON arrays and the hub are the `datasets` library's. A place is
+`file:line` for JSON Lines and text, `file row N` elsewhere.
 """
 
-from collections.abc import Iterator
+import csv
+import glob
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from mistral_dist.config import Source
 from mistral_dist.errors import DataError
 
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-}
-"""File ending (without .gz, .zst, .xz, .bz2) -> the loader of `datasets` that reads it."""
-
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +27,7 @@ class Row:
     """One raw record: its columns and where it stands."""
 
     place: str
-    values: dict[str, Any]
+    values: Values
 
 
 def check(sources: tuple[Source, ...]) -> None:
@@ -69,39 +66,107 @@ def state(sources: tuple[Source, ...]) -> dict[str, list[int]]:
 
 def _read_local(source: Source) -> Iterator[Row]:
     for file in local_files(source):
-        kind = READERS[_ending(file)]
-        keep = {"sample_by": "document"} if _ending(file) == ".md" else {}
-        separator = ":" if kind == "text" or _ending(file) == ".jsonl" else " row "
-        number = 0
-        for number, values in _numbered(kind, str(file), data_files=[str(file)], split="train", streaming=True, **keep):
-            yield Row(f"{file}{separator}{number}", values)
-        if number == 0:
+        row = None
+        try:
+            for row in READERS[_ending(file)](file):
+                yield row
+        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            last = f"after {row.place}" if row else "from its beginning"
+            raise DataError(f"{file}: cannot be read {last}: {_one_line(error)}; mend the file or remove it from data.sources") from error
+        if row is None:
             raise DataError(f"{file}: empty; remove it from data.sources or fill it")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ends; a byte-order mark at the beginning is not part of the first."""
+    with fsspec.open(str(file), "rb", compression="infer") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{file}:{number}: not valid JSON ({error.msg} at character {error.pos + 1}); mend or remove the line"
+            ) from None
+        if not isinstance(values, dict):
+            raise DataError(f"{file}:{number}: a row is an object {{...}}, this is a {type(values).__name__}; mend or remove the line")
+        yield Row(f"{file}:{number}", values)
+
+
+def _text_lines(file: Path) -> Iterator[Row]:
+    for number, line in _lines(file):
+        yield Row(f"{file}:{number}", {"text": line})
+
+
+def _document(file: Path) -> Iterator[Row]:
+    text = "\n".join(line for _, line in _lines(file))
+    if text:
+        yield Row(f"{file}", {"text": text})
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as stream:
+        for number, values in enumerate(csv.DictReader(stream, strict=True), 1):
+            if None in values or None in values.values():
+                raise DataError(f"{file} row {number}: has another number of cells than the header; mend or remove the row")
+            yield Row(f"{file} row {number}", dict(values))
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    return _library("parquet", str(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
+
+
+def _json(file: Path) -> Iterator[Row]:
+    return _library("json", str(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _text_lines,
+    ".md": _document,
+}
+"""File ending, without that of a compression -> how its rows are read."""
 
 
 def _read_hub(source: Source) -> Iterator[Row]:
     # not streaming: what `mistral-dist fetch` has put on this machine is read without a network
     options = {"name": source.subset, "split": source.split, "streaming": False}
-    for number, values in _numbered(source.name or "", f"{source.name}[{source.split}]", **options):
-        yield Row(f"{source.name}[{source.split}] row {number}", values)
+    return _library(source.name or "", f"{source.name}[{source.split}]", **options)
 
 
-def _numbered(loader: str, what: str, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows that `datasets` reads, numbered from 1; its errors come out as one line that names `what`."""
+def _library(loader: str, what: str, **options: Any) -> Iterator[Row]:
+    """The rows that `datasets` reads; its errors come out as one line that names `what`."""
     import datasets
 
     number = 0
     try:
         for number, values in enumerate(datasets.load_dataset(loader, **options), start=1):
-            yield number, values
-    except (GeneratorExit, DataError):
+            yield Row(f"{what} row {number}", values)
+    except GeneratorExit:
         raise
     except Exception as error:  # whatever the reader of a foreign format raises
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise DataError(f"{what}: cannot be read after row {number}: {reason}; mend the file or the source") from error
+        raise DataError(
+            f"{what}: cannot be read after row {number}: {_one_line(error.__cause__ or error)}; mend it or remove it"
+        ) from error
 
 
-def _renamed(row: Row, columns: dict[str, str]) -> dict[str, Any]:
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _renamed(row: Row, columns: dict[str, str]) -> Values:
     for theirs in columns.values():
         if theirs not in row.values:
             raise DataError(f"{row.place}: no column {theirs!r}; data.sources.columns may name {', '.join(row.values)}")

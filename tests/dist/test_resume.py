@@ -8,32 +8,31 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import kill, lines, losses, metrics, mistral_dist, run_dir, status, train, training, wait_for, workers
+from tests.conftest import WriteRecipe
+from tests.launch import kill, lines, losses, metrics, mistral_dist, status, train, training, wait_for, workers
 
-WriteRecipe = Callable[..., Path]
-FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
-STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors")
+ADAPTER = "adapter/adapter_model.safetensors"
+LAST = "checkpoints/checkpoint-20/"
 
 
-@pytest.fixture
-def recipe(write_recipe: WriteRecipe) -> Path:
-    """20 steps in bfloat16, a checkpoint every fifth."""
-    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"epochs": 2, "steps": 20, "global_batch_size": 4})
+@pytest.fixture(scope="module")
+def recipe(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps in bfloat16, a checkpoint every fifth, prepared."""
+    write = recipe_writer(tmp_path_factory.mktemp("resume"))
+    recipe = write(model={"dtype": "bfloat16"}, train={"epochs": 2, "steps": 20, "global_batch_size": 4})
     assert mistral_dist("prepare", recipe).returncode == 0
     return recipe
 
 
-@pytest.fixture
-def never_killed(recipe: Path, tmp_path: Path) -> Path:
-    return train(recipe, f"run.dir={tmp_path / 'runs' / 'never-killed'}")
+@pytest.fixture(scope="module")
+def never_killed(recipe: Path) -> Path:
+    return train(recipe, recipe.parent / "never-killed")
 
 
 def assert_same_run(run: Path, wanted: Path) -> None:
     """Bit-equal adapter, optimizer, metrics and data order."""
-    for file in FILES:
+    for file in (ADAPTER, "adapter/adapter_config.json", LAST + ADAPTER, LAST + "optimizer.safetensors"):
         assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
-    for file in STATE:
-        assert (run / "checkpoints/checkpoint-20" / file).read_bytes() == (wanted / "checkpoints/checkpoint-20" / file).read_bytes(), file
     assert metrics(run) == metrics(wanted)
     assert lines(run / "data_order.jsonl") == lines(wanted / "data_order.jsonl")
 
@@ -42,76 +41,78 @@ def assert_nobody_left(run: Path) -> None:
     wait_for(lambda: not workers(run))
 
 
-def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed: Path) -> None:
-    run = run_dir(recipe)
+def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     # the launcher and everything under it, in the middle of the second stretch between checkpoints
-    with training(recipe, until=8) as started:
+    with training(recipe, run, until=8) as started:
         everyone = psutil.Process(started.pid).children(recursive=True)
+        assert len(everyone) >= 3, "an agent and two workers"
         for process in [started.pid, *(child.pid for child in everyone)]:
             kill(process)
     assert_nobody_left(run)
     assert status(run)["state"] == "running"
 
     # the launcher alone: its workers die with it, and write nothing more
-    with training(recipe, until=12) as started:
-        assert lines(run / "metrics.jsonl")[0]["step"] == 1
+    with training(recipe, run, until=12) as started:
         kill(started.pid)
         assert_nobody_left(run)
 
     # a single worker: the others and the launcher end by themselves, and say so
-    with training(recipe, until=17) as started:
-        kill(next(child.pid for child in psutil.Process(started.pid).children(recursive=True) if child.ppid() != started.pid))
+    with training(recipe, run, until=17) as started:
+        kill(psutil.Process(started.pid).children()[0].children()[-1].pid)
         assert started.wait(60) == 1
         assert_nobody_left(run)
     assert status(run)["state"] == "failed"
 
-    train(recipe)
+    train(recipe, run)
     assert "going on from checkpoint-15" in (run / "log.txt").read_text()
     assert_same_run(run, never_killed)
 
-    done = mistral_dist("train", recipe)
+    done = mistral_dist("train", recipe, f"run.dir={run}")
     assert done.returncode == 0
     assert "finished at step 20 of 20; nothing to do" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_stop_signal_saves_and_the_next_launch_goes_on(recipe: Path, never_killed: Path, number: signal.Signals) -> None:
-    run = run_dir(recipe)
-    with training(recipe, until=7) as started:
-        os.kill(started.pid, number)
-        os.kill(started.pid, number)
+def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for until, number in ((2, signal.SIGTERM), (7, signal.SIGINT), (12, signal.SIGUSR1)):
+        with training(recipe, run, until=until) as started:
+            os.kill(started.pid, number)
+            os.kill(started.pid, number)
+            assert started.wait(120) == 85
+        assert_nobody_left(run)
+        stopped = status(run)
+        assert (stopped["state"], stopped["exit_code"]) == ("stopped", 85)
+        assert stopped["checkpoint"] == f"checkpoint-{stopped['step']}"
+
+    # to one worker alone: all stop at the same step
+    with training(recipe, run, until=16) as started:
+        psutil.Process(started.pid).children()[0].children()[-1].send_signal(signal.SIGTERM)
         assert started.wait(120) == 85
     assert_nobody_left(run)
-    stopped = status(run)
-    assert (stopped["state"], stopped["exit_code"]) == ("stopped", 85)
-    assert stopped["checkpoint"] == f"checkpoint-{stopped['step']}"
-    assert stopped["step"] not in (5, 10), "the signal should have made a checkpoint of its own"
-    train(recipe)
+
+    train(recipe, run)
     assert_same_run(run, never_killed)
 
 
-def test_a_signal_to_one_worker_stops_all(recipe: Path) -> None:
-    run = run_dir(recipe)
-    with training(recipe, until=3) as started:
-        agents = psutil.Process(started.pid).children()
-        worker = agents[0].children()[-1]
-        worker.send_signal(signal.SIGTERM)
-        assert started.wait(120) == 85
-    assert status(run)["state"] == "stopped"
-    assert_nobody_left(run)
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe: Path, never_killed: Path) -> None:
-    run = run_dir(recipe)
-    with training(recipe, until=12) as started:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with training(recipe, run, until=12) as started:
+        second = mistral_dist("train", recipe, f"run.dir={run}")
+        assert second.returncode == 2, "a second start"
+        assert "in use by process" in second.stderr
+        assert "run.dir=" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert status(run)["state"] == "running", "the refused start must not touch the status"
         kill(started.pid)
         assert_nobody_left(run)
-    file = run / "checkpoints/checkpoint-10/optimizer.safetensors"
+    newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    file = newest / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    train(recipe)
+    train(recipe, run)
     log = (run / "log.txt").read_text()
-    assert "checkpoint-10 is damaged (optimizer.safetensors has another checksum); passed over" in log
-    assert "going on from checkpoint-5" in log
+    assert f"{newest.name} is damaged (optimizer.safetensors has another checksum); passed over" in log
+    assert f"going on from checkpoint-{int(newest.name.split('-')[1]) - 5}" in log
     assert_same_run(run, never_killed)
 
 
@@ -119,24 +120,14 @@ def test_a_run_moves_between_topologies(write_recipe: WriteRecipe, tmp_path: Pat
     """ZeRO-3 x 3 -> one process -> ZeRO-1 x 2 -> ZeRO-2 x 3 -> ZeRO-3 x 2: same data, same losses within rounding."""
     recipe = write_recipe(train={"epochs": 4, "steps": 25, "global_batch_size": 4, "gradient_checkpointing": False})
     assert mistral_dist("prepare", recipe).returncode == 0
-    straight = train(recipe, f"run.dir={tmp_path / 'runs' / 'straight'}", processes=1, zero=0)
-    moving = run_dir(recipe)
+    straight = train(recipe, tmp_path / "straight", processes=1, zero=0)
+    moving = tmp_path / "moving"
     for step, (processes, zero) in zip((6, 11, 16, 21), [(3, 3), (1, 0), (2, 1), (3, 2)], strict=True):
-        with training(recipe, until=step, processes=processes, zero=zero) as started:
+        with training(recipe, moving, until=step, processes=processes, zero=zero) as started:
             os.kill(started.pid, signal.SIGTERM)
             assert started.wait(120) == 85
-    train(recipe, processes=2, zero=3)
+    train(recipe, moving, processes=2, zero=3)
     assert lines(moving / "data_order.jsonl") == lines(straight / "data_order.jsonl")
     worst = max(abs(a - b) for a, b in zip(losses(moving), losses(straight), strict=True))
     print(f"losses through five topologies within {worst:.1e} of one process")
     assert worst <= 1e-4
-
-
-def test_a_second_start_names_the_holder(recipe: Path) -> None:
-    with training(recipe, until=1):
-        second = mistral_dist("train", recipe)
-        assert second.returncode == 2
-        assert "in use by process" in second.stderr
-        assert "run.dir=" in second.stderr
-        assert "Traceback" not in second.stderr
-    assert status(run_dir(recipe))["state"] == "running", "the refused start must not touch the status"

@@ -3,23 +3,22 @@
 Real processes on gloo, the real engine, a real pretrained model (its lower layers) in NF4.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.conftest import WriteRecipe
 from tests.launch import lines, losses, mistral_dist, train
 
 STEPS = 50
 TOPOLOGIES = {"one process": (1, 0), "ZeRO-1 x 2": (2, 1), "ZeRO-2 x 2": (2, 2), "ZeRO-3 x 2": (2, 3), "ZeRO-3 x 3": (3, 3)}
-WriteRecipe = Callable[..., Path]
 
 
 def all_topologies(recipe: Path, folder: Path, *overrides: str) -> dict[str, Path]:
     assert mistral_dist("prepare", recipe).returncode == 0
     return {
-        name: train(recipe, *overrides, f"run.dir={folder / name.replace(' ', '-')}", processes=processes, zero=zero)
+        name: train(recipe, folder / name.replace(" ", "-"), *overrides, processes=processes, zero=zero)
         for name, (processes, zero) in TOPOLOGIES.items()
     }
 
@@ -66,8 +65,7 @@ def test_gradients_agree_however_a_global_batch_is_cut(write_recipe: WriteRecipe
     cuts = {"1 x 8": (1, 0, 8), "1 x 2 x 4": (1, zero, 2), "2 x 2 x 2": (2, zero, 2)}
     gradients = {}
     for name, (processes, stage, micro) in cuts.items():
-        words = (f"train.micro_batch_size={micro}", f"run.dir={tmp_path / 'runs' / name.replace(' ', '')}")
-        run = train(recipe, *words, processes=processes, zero=stage)
+        run = train(recipe, tmp_path / name.replace(" ", ""), f"train.micro_batch_size={micro}", processes=processes, zero=stage)
         moments = load_file(run / "checkpoints" / "checkpoint-1" / "optimizer.safetensors")
         gradients[name] = {key: value / 0.1 for key, value in moments.items() if key.endswith("exp_avg")}
         assert lines(run / "metrics.jsonl")[0]["trained_tokens"] % 8, "the targets should be ragged"

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import WriteRecipe
 from tests.launch import ROOT, lines, mistral_dist, run_dir, status
-
-WriteRecipe = Callable[..., Path]
 
 PLAIN_PEFT = """
 import json, sys, torch

@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import WriteRecipe
 from tests.launch import ROOT, run_dir
 
-WriteRecipe = Callable[..., Path]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 WAYS = {
     "mistral-dist": ["mistral-dist", "train"],

@@ -4,7 +4,6 @@ make test-gpu        some minutes on one card; figures go to the output (-s)
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from mistral_dist.data.encode import Encoded
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.loss import summed_loss
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention
-from tests.launch import losses, metrics, mistral_dist, train, training, workers
+from tests.conftest import WriteRecipe
+from tests.launch import losses, metrics, mistral_dist, train, training, wait_for, workers
 
 pytestmark = pytest.mark.gpu
-WriteRecipe = Callable[..., Path]
 
 
 def example(length: int, seed: int) -> Encoded:
@@ -59,20 +58,19 @@ def test_attention_auto_takes_flash_attention_where_it_is(write_recipe: WriteRec
 def test_zero_on_one_card_learns_what_no_zero_learns(write_recipe: WriteRecipe, tmp_path: Path, zero: int) -> None:
     recipe = write_recipe(train={"steps": 20, "global_batch_size": 4})
     assert mistral_dist("prepare", recipe).returncode == 0
-    alone = losses(train(recipe, f"run.dir={tmp_path / 'alone'}", processes=1, zero=0))
-    shared = losses(train(recipe, f"run.dir={tmp_path / 'shared'}", processes=1, zero=zero))
+    alone = losses(train(recipe, tmp_path / "alone", processes=1, zero=0))
+    shared = losses(train(recipe, tmp_path / "shared", processes=1, zero=zero))
     assert max(abs(a - b) for a, b in zip(alone, shared, strict=True)) < 1e-3
 
 
 def test_a_killed_deterministic_run_ends_with_the_same_bits(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 20, "global_batch_size": 4, "deterministic": True})
     assert mistral_dist("prepare", recipe).returncode == 0
-    wanted = train(recipe, f"run.dir={tmp_path / 'runs' / 'straight'}", processes=1, zero=2)
-    with training(recipe, until=8, processes=1, zero=2) as started:
+    wanted, run = train(recipe, tmp_path / "straight", processes=1, zero=2), tmp_path / "killed"
+    with training(recipe, run, until=8, processes=1, zero=2) as started:
         started.kill()
-    while workers(tmp_path / "runs" / "small"):
-        time.sleep(0.1)
-    run = train(recipe, processes=1, zero=2)
+    wait_for(lambda: not workers(run))
+    train(recipe, run, processes=1, zero=2)
     assert metrics(run) == metrics(wanted)
     file = "adapter/adapter_model.safetensors"
     assert (run / file).read_bytes() == (wanted / file).read_bytes()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_dist.config import ELSEWHERE, FREE_IN_A_RUN, Recipe, changed_fields, did_you_mean, leaves
+from mistral_dist.config import FREE_IN_A_RUN, Recipe, changed_fields, known_fields, leaves
 from mistral_dist.errors import RecipeError
+from mistral_dist.recipe_file import ELSEWHERE, did_you_mean
 
 GOOD = """
 version: 1
@@ -127,7 +128,7 @@ def test_a_missing_recipe_names_the_way_to_one(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_other_trainers_are_known(key: str, remedy: str) -> None:
-    assert remedy in did_you_mean(key)
+    assert remedy in did_you_mean(key, known_fields())
 
 
 def test_every_name_from_elsewhere_leads_to_a_field_that_exists(recipe: Callable[[str], Path]) -> None:

@@ -151,7 +151,11 @@ def the_line(done: "subprocess.CompletedProcess[str]") -> str:
 @pytest.mark.parametrize(
     ("path", "reply", "words"),
     [
-        (f"/api/models/{NAME}", refusal(403, "GatedRepo", "Access to model is restricted"), ["gated; accept its terms", "log in", "HF_TOKEN"]),
+        (
+            f"/api/models/{NAME}",
+            refusal(403, "GatedRepo", "Access to model is restricted"),
+            ["gated; accept its terms", "log in", "HF_TOKEN"],
+        ),
         (f"/{NAME}/resolve", refusal(403, "GatedRepo", "Access to model is restricted"), ["gated; accept its terms", "log in", "HF_TOKEN"]),
         (f"/{NAME}/resolve", refusal(401, "GatedRepo", "Access to model is restricted"), ["gated; accept its terms", "log in", "HF_TOKEN"]),
         (f"/api/models/{NAME}", refusal(401), ["log in", "HF_TOKEN"]),

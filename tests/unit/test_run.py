@@ -305,9 +305,7 @@ def test_a_lease_is_renewed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_lost_lease_is_noticed_and_the_new_holders_is_left_alone(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, gone: bool
-) -> None:
+def test_a_lost_lease_is_noticed_and_the_new_holders_is_left_alone(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
     monkeypatch.setattr(Lease, "RENEW", 0.02)
     with Lease(run) as lease:
         foreign(run, 0)

@@ -117,6 +117,14 @@ def test_an_empty_line_in_json_lines_does_not_move_the_places_after_it(tmp_path:
     assert [(place, values["text"]) for place, values in rows(file)] == [(f"{file}:1", "one"), (f"{file}:3", "three")]
 
 
+@pytest.mark.parametrize("text", ["NA", "null", "None", "n/a", "007", "1e5", "2024-01-31", "true"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_text_that_looks_like_something_else_is_a_text(tmp_path: Path, ending: str, text: str) -> None:
+    file = tmp_path / f"f.{ending}"
+    file.write_text(f'text\n"{text}"\n' if ending == "csv" else json.dumps({"text": text}) + "\n")
+    assert [values for _, values in rows(file)] == [{"text": text}]
+
+
 # folders and several sources
 
 

@@ -1,0 +1,402 @@
+"""Preparing on the real tokenizer: counts that add up, splits that stay, and nothing lost without a word."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+
+from mistral_dist.config import Model, Recipe, Task
+from mistral_dist.data import prepare as module
+from mistral_dist.data.clean import Example
+from mistral_dist.data.encode import Encoder
+from mistral_dist.data.prepare import Prepared, example_of, open_prepared, prepare, read_manifest, sources_changed
+from mistral_dist.data.split import SPLITS
+from mistral_dist.errors import WRONG_INPUT, DataError
+from mistral_dist.hub import load_tokenizer
+
+WriteRecipe = Callable[..., Path]
+CHAT = {"kind": "chat", "labels": [], "prompt": "{text}", "system": None}
+PRETRAIN = {"kind": "pretrain", "labels": [], "system": None}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_model: Path) -> Any:
+    return load_tokenizer(Model(name="test/small", path=str(small_model)))
+
+
+@pytest.fixture
+def prepared(tokenizer: Any) -> Callable[..., tuple[Recipe, Prepared]]:
+    def make(path: Path, *overrides: str) -> tuple[Recipe, Prepared]:
+        recipe = Recipe.load(path, overrides)
+        return recipe, prepare(recipe, Encoder(tokenizer, recipe.task))
+
+    return make
+
+
+Make = Callable[..., tuple[Recipe, Prepared]]
+
+
+def records(found: Prepared, *names: str) -> list[dict[str, Any]]:
+    return [record for name in names or SPLITS for record in found.split(name)]
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(DataError) as caught:
+        action()
+    assert caught.value.exit_code == WRONG_INPUT
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def quarantine(found: Prepared) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (found.path / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# what is written
+
+
+def test_counts_add_up_and_every_dropped_row_is_kept_with_its_reason(
+    write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]
+) -> None:
+    bad = [
+        texts[0],
+        {"text": "", "label": "numpy"},
+        {"text": "on both sides", "label": "numpy"},
+        {"text": "on both sides", "label": "torch"},
+        {"text": "Länge " * 300, "label": "torch"},
+    ]
+    _, found = prepared(write_recipe(rows=texts + bad))
+    manifest = found.manifest
+    assert manifest["rows"] == 305
+    assert manifest["dropped"] == {"conflicting_labels": 2, "duplicate": 1, "too_long": 1, "too_short": 1}
+    assert manifest["rows"] == sum(manifest["documents"].values()) + sum(manifest["dropped"].values())
+    assert manifest["examples"] == {"train": 240, "validation": 30, "test": 30}
+    lines = {int(entry["place"].rpartition(":")[2]): entry for entry in quarantine(found)}
+    assert {line: entry["reason"] for line, entry in lines.items()} == {
+        301: "duplicate",
+        302: "too_short",
+        303: "conflicting_labels",
+        304: "conflicting_labels",
+        305: "too_long",
+    }
+    assert lines[301]["because"].endswith("small.jsonl:1")
+    assert "data.max_length is 192" in lines[305]["because"]
+    assert lines[305]["text"].startswith("Länge Länge")
+
+
+def test_the_manifest_says_what_the_shards_hold(write_recipe: WriteRecipe, prepared: Make) -> None:
+    recipe, found = prepared(write_recipe())
+    assert read_manifest(recipe.data_dir) == found.manifest
+    for name in SPLITS:
+        split = records(found, name)
+        assert found.manifest["examples"][name] == len(split) > 0
+        assert found.manifest["tokens"][name] == sum(record["tokens"] for record in split)
+        assert found.manifest["targets"][name] == sum(record["targets"] for record in split)
+        assert sum(found.manifest["labels"][name].values()) == len(split)
+        tokens, targets = found.lengths(name)
+        assert tokens.tolist() == [record["tokens"] for record in split]
+        assert targets.tolist() == [record["targets"] for record in split]
+    assert sorted(path.name for path in recipe.data_dir.iterdir()) == ["manifest.json", "quarantine.jsonl", *sorted(SPLITS)]
+    assert [path.name for path in recipe.data_dir.parent.iterdir()] == [recipe.data_dir.name], "nothing is left aside"
+
+
+def test_no_row_is_in_two_splits_and_all_are_in_one(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    _, found = prepared(write_recipe())
+    assert sorted(record["text"] for record in records(found)) == sorted(row["text"] for row in texts)
+
+
+def test_the_stored_lengths_are_those_of_the_encoding(write_recipe: WriteRecipe, prepared: Make, tokenizer: Any) -> None:
+    recipe, found = prepared(write_recipe())
+    encoder = Encoder(tokenizer, recipe.task)
+    for record in records(found)[::7]:
+        encoded = encoder.encode(example_of(record))
+        assert (len(encoded.ids), len(encoded.targets)) == (record["tokens"], record["targets"])
+
+
+def test_to_prepare_twice_gives_the_same(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    first = prepared(path)[1]
+    before = records(first)
+    second = prepared(path)[1]
+    assert first.manifest == second.manifest
+    assert before == records(second)
+
+
+def test_conversations_come_back_as_they_were(write_recipe: WriteRecipe, prepared: Make) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a {n}"}]} for n in range(20)]
+    _, found = prepared(write_recipe(rows=rows, task=CHAT))
+    asked = {example_of(record).messages[0]["content"]: example_of(record).messages for record in records(found)}
+    assert asked == {row["messages"][0]["content"]: tuple(row["messages"]) for row in rows}
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "words"),
+    [
+        (1, [], ["the validation split is empty", "1 rows read, 1 kept", "data.validation_fraction=0"]),
+        (2, ["data.validation_fraction=0"], ["the test split is empty", "2 rows read", "data.test_fraction=0"]),
+    ],
+)
+def test_an_empty_split_is_refused_with_its_name_and_the_remedy(
+    write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]], rows: int, overrides: list[str], words: list[str]
+) -> None:
+    path = write_recipe(rows=texts[:rows])
+    line = refusal(lambda: prepared(path, *overrides))
+    for word in [*words, "add data"]:
+        assert word in line
+    assert read_manifest(Recipe.load(path).data_dir) is None
+
+
+def test_a_train_split_of_nothing_says_what_became_of_the_rows(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe(rows=[{"text": "", "label": "numpy"}, {"text": " ", "label": "torch"}])
+    line = refusal(lambda: prepared(path))
+    for word in ["the train split is empty", "2 rows read, 0 kept", "'too_short': 2"]:
+        assert word in line
+
+
+def test_shares_of_nothing_need_no_rows(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    _, found = prepared(write_recipe(rows=texts[:3]), "data.validation_fraction=0", "data.test_fraction=0")
+    assert found.manifest["examples"] == {"train": 3, "validation": 0, "test": 0}
+    assert found.lengths("test")[0].shape == (0,)
+
+
+def test_an_overlong_example_can_be_an_error(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    path = write_recipe(rows=[*texts[:40], {"text": "long " * 400, "label": "torch"}])
+    line = refusal(lambda: prepared(path, "data.overlong=error"))
+    for word in ["small.jsonl:41", "data.max_length is 192", "data.overlong=drop"]:
+        assert word in line
+
+
+def test_a_conversation_without_an_answer_is_refused_with_file_and_line(write_recipe: WriteRecipe, prepared: Make) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]} for n in range(9)
+    ]
+    rows[6] = {"messages": [{"role": "user", "content": "q"}]}
+    path = write_recipe(rows=rows, task=CHAT)
+    line = refusal(lambda: prepared(path))
+    for word in [f"{path.parent / 'small.jsonl'}:7", "no answer to learn from", "add one or remove the row"]:
+        assert word in line
+
+
+def test_a_missing_source_is_refused_before_what_was_prepared_is_touched(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    recipe, _ = prepared(path)
+    (path.parent / "small.jsonl").unlink()
+    assert "no such file" in refusal(lambda: prepared(path))
+    assert read_manifest(recipe.data_dir) is not None
+
+
+# plain text
+
+
+def long_texts() -> list[dict[str, str]]:
+    words = ["The", "knee", "—", "a", "hinge", "bears", "weight;", "naïve", "数学", "and", "😀", "faces:", "über", "alles?\n\nNext"]
+    return [
+        {"text": f"Document {n}. " + " ".join(words[(n + k * (k % 5 + 1)) % len(words)] for k in range(200 * (n % 4)))} for n in range(20)
+    ]
+
+
+@pytest.mark.parametrize("max_length", [16, 64, 192])
+def test_long_texts_are_cut_into_pieces_that_fit_and_lose_nothing(
+    write_recipe: WriteRecipe, prepared: Make, tokenizer: Any, max_length: int
+) -> None:
+    recipe, found = prepared(write_recipe(rows=long_texts(), task=PRETRAIN), f"data.max_length={max_length}")
+    encoder = Encoder(tokenizer, recipe.task)
+    pieces: dict[str, dict[int, str]] = {}
+    for record in records(found):
+        assert record["tokens"] == len(encoder.encode(example_of(record)).ids) <= max_length
+        place, _, part = record["place"].partition(" part ")
+        pieces.setdefault(place, {})[int(part or 1)] = record["text"]
+    assert found.manifest["dropped"] == {}
+    joined = {place: "".join(text for _, text in sorted(parts.items())) for place, parts in pieces.items()}
+    assert sorted(joined.values()) == sorted(row["text"].strip() for row in long_texts())
+    assert max(map(len, pieces.values())) > 1
+
+
+def test_the_pieces_of_a_text_stay_in_one_split(write_recipe: WriteRecipe, prepared: Make) -> None:
+    _, found = prepared(write_recipe(rows=long_texts(), task=PRETRAIN), "data.max_length=32")
+    documents = {name: {record["document"] for record in records(found, name)} for name in SPLITS}
+    assert sum(map(len, documents.values())) == len(set.union(*documents.values())) == 20
+
+
+def test_counts_of_cut_texts_add_up_in_documents(write_recipe: WriteRecipe, prepared: Make) -> None:
+    _, found = prepared(write_recipe(rows=long_texts(), task=PRETRAIN), "data.max_length=32")
+    assert found.manifest["rows"] == 20 == sum(found.manifest["documents"].values())
+    assert sum(found.manifest["examples"].values()) > 20
+
+
+def test_pieces_that_say_the_same_have_different_ids(write_recipe: WriteRecipe, prepared: Make) -> None:
+    """Exactly once is checked by id: two pieces with one id could not be told apart."""
+    rows = [{"text": f"{n} " + "over and over " * 100} for n in range(12)]
+    _, found = prepared(write_recipe(rows=rows, task=PRETRAIN), "data.max_length=34")
+    ids = [record["id"] for record in records(found)]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_capacity_below_one_character_is_refused(write_recipe: WriteRecipe, prepared: Make) -> None:
+    with pytest.raises(DataError, match=r"small.jsonl:\d+: data.max_length=3 does not hold a single character"):
+        prepared(write_recipe(rows=[{"text": f"{n} 😀👩"} for n in range(20)], task=PRETRAIN), "data.max_length=3")
+
+
+@pytest.mark.parametrize("max_length", [5, 6, 8])
+def test_a_very_small_capacity_loses_nothing_without_a_word(write_recipe: WriteRecipe, prepared: Make, max_length: int) -> None:
+    """A piece that does not fit after all is counted, not an assertion that fails."""
+    _, found = prepared(write_recipe(rows=long_texts(), task=PRETRAIN), f"data.max_length={max_length}")
+    assert all(record["tokens"] <= max_length for record in records(found))
+    assert found.manifest["dropped"].get("too_long", 0) == sum(entry["reason"] == "too_long" for entry in quarantine(found))
+
+
+def test_a_piece_may_have_more_tokens_alone_than_in_its_text(tokenizer: Any) -> None:
+    """Cutting between tokens: what is tokenized alone fits, whatever the text is made of."""
+    encoder = Encoder(tokenizer, Task(kind="pretrain"))
+    for text in ["😀👩‍👩‍👧‍👦" * 200, "数学" * 300, " " * 50 + "x" * 700, "\n\n \t" * 100 + "end", "ﷺ" * 200, "a\u0301\u0323" * 200]:
+        for capacity in (16, 33, 64):
+            pieces = list(module._pieces(Example("f:1", text), capacity, encoder))
+            assert "".join(piece["text"] for piece in pieces) == text
+            assert max(len(encoder.encode(Example("f:1", piece["text"])).ids) for piece in pieces) <= capacity
+
+
+def test_a_character_of_several_tokens_is_not_too_much_for_its_piece() -> None:
+    """As in Mistral's own vocabularies: what they do not know is spelled in bytes, four tokens for one emoji."""
+    vocabulary = {token: n for n, token in enumerate(["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    spelled = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), bos_token="<s>", eos_token="</s>")
+    assert len(spelled.encode("😀", add_special_tokens=False)) == 4
+    encoder = Encoder(spelled, Task(kind="pretrain"))
+    text = "😀" * 200
+    for capacity in (16, 33, 64):
+        pieces = list(module._pieces(Example("f:1", text), capacity, encoder))
+        assert "".join(piece["text"] for piece in pieces) == text
+        assert max(len(encoder.encode(Example("f:1", piece["text"])).ids) for piece in pieces) <= capacity
+
+
+# preparing again
+
+
+def test_more_rows_move_no_old_example(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    recipe, first = prepared(write_recipe(rows=texts[:100]))
+    before = {record["id"]: name for name in SPLITS for record in records(first, name)}
+    _, second = prepared(write_recipe(rows=texts[::-1]))
+    after = {record["id"]: name for name in SPLITS for record in records(second, name)}
+    assert len(before) == 100
+    assert len(after) == 300
+    assert {id: after[id] for id in before} == before
+    assert second.manifest["examples"] == {"train": 240, "validation": 30, "test": 30}
+    assert [path.name for path in recipe.data_dir.parent.iterdir()] == [recipe.data_dir.name], "nothing is left aside"
+
+
+def test_another_share_splits_anew(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    prepared(path)
+    assert prepared(path, "data.test_fraction=0.5")[1].manifest["examples"]["test"] == 150
+
+
+@pytest.mark.parametrize("content", ["my thesis.txt", "train/mine.txt"])
+def test_a_folder_that_prepare_did_not_make_is_never_removed(write_recipe: WriteRecipe, prepared: Make, content: str) -> None:
+    path = write_recipe()
+    mine = Recipe.load(path).data_dir / content
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    line = refusal(lambda: prepared(path))
+    for word in [str(Recipe.load(path).data_dir), "holds something else", "data.dir"]:
+        assert word in line
+    assert mine.read_text() == "years of work"
+    assert [entry.name for entry in Recipe.load(path).data_dir.parent.iterdir()] == [Recipe.load(path).data_dir.name]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    target = Recipe.load(path).data_dir
+    target.parent.mkdir(parents=True)
+    target.write_text("a file")
+    assert str(target) in refusal(lambda: prepared(path))
+    assert target.read_text() == "a file"
+
+
+def test_an_empty_folder_is_taken(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    Recipe.load(path).data_dir.mkdir(parents=True)
+    assert prepared(path)[1].manifest["rows"] == 300
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(
+    write_recipe: WriteRecipe, prepared: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe()
+    recipe, first = prepared(path)
+
+    def killed(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_manifest", killed)
+    with pytest.raises(OSError, match="No space"):
+        prepared(path)
+    assert read_manifest(recipe.data_dir) == first.manifest
+    assert [entry.name for entry in recipe.data_dir.parent.iterdir()] == [recipe.data_dir.name]
+
+
+# opening
+
+
+def test_what_was_prepared_is_opened(write_recipe: WriteRecipe, prepared: Make, tokenizer: Any) -> None:
+    recipe, found = prepared(write_recipe())
+    opened = open_prepared(recipe, Encoder(tokenizer, recipe.task))
+    assert opened == found
+    assert opened.fingerprint == found.fingerprint
+
+
+def test_data_that_were_not_prepared_name_the_command(write_recipe: WriteRecipe, tokenizer: Any) -> None:
+    recipe = Recipe.load(write_recipe())
+    line = refusal(lambda: open_prepared(recipe, Encoder(tokenizer, recipe.task)))
+    for word in [str(recipe.data_dir), "no prepared data", "mistral-dist prepare"]:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.max_length=128",
+        "data.seed=1",
+        "data.min_characters=5",
+        "data.near_duplicates=0.9",
+        "data.test_fraction=0.2",
+        "task.system=Be brief.",
+    ],
+)
+def test_a_changed_section_is_noticed(write_recipe: WriteRecipe, prepared: Make, tokenizer: Any, override: str) -> None:
+    path = write_recipe()
+    prepared(path)
+    changed = Recipe.load(path, [override])
+    line = refusal(lambda: open_prepared(changed, Encoder(tokenizer, changed.task)))
+    for word in ["another data or task section", "mistral-dist prepare"]:
+        assert word in line
+
+
+def test_what_does_not_touch_the_data_needs_no_new_ones(write_recipe: WriteRecipe, prepared: Make, tokenizer: Any) -> None:
+    path = write_recipe()
+    prepared(path)
+    changed = Recipe.load(path, ["optim.learning_rate=1e-5", "train.seed=9", "lora.r=2"])
+    open_prepared(changed, Encoder(tokenizer, changed.task))
+
+
+def test_a_changed_source_is_noticed(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    path = write_recipe(rows=texts[:100])
+    recipe, found = prepared(path)
+    assert not sources_changed(recipe, found)
+    write_recipe(rows=texts)
+    assert sources_changed(recipe, found)
+
+
+def test_the_fingerprint_is_of_the_examples_and_not_of_where_they_lie(
+    write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]
+) -> None:
+    first = prepared(write_recipe("one"))[1].fingerprint
+    assert prepared(write_recipe("two"))[1].fingerprint == first
+    assert prepared(write_recipe("three", rows=texts[1:]))[1].fingerprint != first
+    assert prepared(write_recipe("four", task={"system": "Be brief."}))[1].fingerprint != first
