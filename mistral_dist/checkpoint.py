@@ -12,11 +12,9 @@ stage. All noise is drawn from (seed, step, slot), so the seed and the step are 
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -28,11 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from mistral_dist.data.stream import Cursor
 from mistral_dist.errors import CheckpointError
+from mistral_dist.files import aside_of, publish, remove
 
 Tensors = Mapping[str, torch.Tensor]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
 NAME = re.compile(r"checkpoint-(\d+)")
-ASIDE = ".aside-"
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,13 @@ def save(
     checkpoints before it are untouched then.
     """
     target = folder / f"checkpoint-{progress.step}"
-    aside = folder / f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}"
+    aside = aside_of(target)
     aside.mkdir(parents=True)
     try:
         save_adapter(aside / "adapter", adapter, adapter_config)
         save_file(dict(moments), aside / "optimizer.safetensors")
         _write_json(aside / "progress.json", {**asdict(progress), **facts})
         _write_json(aside / "manifest.json", _manifest(aside))
-        _sync(aside)
         publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -87,6 +84,18 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
     read = load_file(folder / "adapter_model.safetensors")
     if read.keys() != named.keys() or not all(torch.equal(read[name], named[name]) for name in named):
         raise CheckpointError(f"{folder}: the adapter read back is not the one that is trained; is the disk sound?")
+
+
+def publish_adapter(target: Path, adapter: Tensors, config: Any, tokenizer: Any, card: str) -> None:
+    """Put the result of a run in its place: adapter, tokenizer, model card. Raises as `save` does."""
+    aside = aside_of(target)
+    try:
+        save_adapter(aside, adapter, config)
+        tokenizer.save_pretrained(str(aside))
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        publish(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -123,34 +132,43 @@ def peft_name(parameter: str) -> str:
 
 
 def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each damaged one that was passed over."""
+    """The newest checkpoint that verifies, and a line for each damaged one that was newer.
+
+    Those are renamed to `damaged-checkpoint-...`, so that they neither count among the ones that are kept nor are looked at again.
+    """
     damaged: list[str] = []
     for path in reversed(_all(folder)):
         problem = verify(path)
         if problem is None:
             return path, damaged
+        path.rename(path.with_name(f"damaged-{path.name}-{len(list(folder.glob('damaged-*'))) + 1}"))
         damaged.append(f"{path.name} is damaged ({problem}); passed over")
     return None, damaged
 
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where every byte is as it was written."""
+    if not (path / "manifest.json").is_file():
+        return "manifest.json is missing"
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        problems = (_problem(path / name, name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items())
+        return next((problem for problem in problems if problem), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json cannot be read"
-    for name, expected in files:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} has another checksum"
-    return None
+
+
+def _problem(file: Path, name: str, size: int, sha256: str) -> str | None:
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != size:
+        return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return f"{name} has another checksum" if _sha256(file) != sha256 else None
+
+
+def written_with(path: Path) -> dict[str, str]:
+    """The versions that a checkpoint was written with."""
+    return dict(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["versions"])
 
 
 def versions() -> dict[str, str]:
@@ -164,22 +182,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def publish(aside: Path, target: Path) -> None:
-    """Rename a finished folder into place; what stood there (a damaged checkpoint, an earlier adapter) goes."""
-    old = target.with_name(f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}")
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed save left behind. Only for the holder of the run's lease."""
-    for path in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _all(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
@@ -188,10 +190,7 @@ def _all(folder: Path) -> list[Path]:
 
 def _retain(folder: Path, keep: int) -> None:
     for path in _all(folder)[:-keep]:
-        # renamed first: a removal that is cut short must not leave half a checkpoint under its name
-        gone = path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:8]}")
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(path)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -209,21 +208,3 @@ def _sha256(file: Path) -> str:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """Have every byte of a folder on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_dist.errors import MistralDistError
+from mistral_dist.errors import FAILED, WRONG_INPUT, MistralDistError
 from mistral_dist.runtime.process import quiet_libraries
 
 app = typer.Typer(
@@ -18,6 +18,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+NO_PLACE = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+"""A path that cannot be written to, or is something else: the user's to mend."""
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. configs/recipes/demo.yaml")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo")]
@@ -148,7 +151,9 @@ def status(run_folder: RunFolder, follow: Annotated[bool, typer.Option("--follow
 @app.command(epilog="Example: `mistral-dist doctor`")
 def doctor() -> None:
     """Look at this machine: versions, GPUs, attention kernels, disk, hub."""
-    from mistral_dist.display import console, escape
+    from rich.markup import escape
+
+    from mistral_dist.display import console
     from mistral_dist.doctor import examine
 
     for finding in examine():
@@ -178,11 +183,12 @@ def _ask() -> str | None:
 
 
 def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("label", "base", "tuned")
     for label, tuned in sorted(answers["tuned"].items(), key=lambda item: -item[1]):
-        table.add_row(label, f"{answers['base'][label]:.3f}", f"{tuned:.3f}")
+        table.add_row(escape(label), f"{answers['base'][label]:.3f}", f"{tuned:.3f}")
     return table
 
 
@@ -205,8 +211,13 @@ def main() -> None:
     quiet_libraries(has_gpu=Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
     try:
         app()
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(WRONG_INPUT if isinstance(error, NO_PLACE) else FAILED)
     except MistralDistError as error:
-        from mistral_dist.display import errors, escape
+        from rich.markup import escape
+
+        from mistral_dist.display import errors
 
         errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -21,6 +21,7 @@ from mistral_dist.recipe_file import explain, parse_override, read_yaml, set_fie
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -96,7 +97,7 @@ class Data(Section):
     """Share of the examples held out for validation."""
     test_fraction: Fraction = 0.1
     """Share of the examples held out for the final test."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split. The order in training has its own: train.seed."""
 
     @model_validator(mode="after")
@@ -176,7 +177,7 @@ class Train(Section):
     """Packs that one GPU feeds one forward. Changes speed and memory, not what is learned."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: half more compute (the base is frozen), a fraction of the memory."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the adapter's start, of the order of the data and of dropout."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that a resumed run is bit-equal there too. Slower."""

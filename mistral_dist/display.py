@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from mistral_dist.run import RunDirectory, read_json
+from mistral_dist.files import read_json
+from mistral_dist.run import RunDirectory
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -69,7 +70,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             table.add_row(name.replace("_", " "), *(_interval(result[model][name]) for model in ("base", "tuned")))
         for label in result["labels"]:
             f1 = (f"{result[model]['per_class'][label]['f1']:.3f}" for model in ("base", "tuned"))
-            table.add_row(f"f1 {label}", *f1, style="dim")
+            table.add_row(escape(f"f1 {label}"), *f1, style="dim")
         table.caption = "[95 % bootstrap interval]"
         table.caption_justify = "left"
     else:
@@ -170,6 +171,3 @@ def _plain() -> Iterator[Show]:
             console.print(f"{done}/{total}  {what}{eta}")
 
     yield show
-
-
-__all__ = ["audit_table", "console", "errors", "escape", "evaluating", "evaluation_table", "facts", "following", "minutes", "track"]

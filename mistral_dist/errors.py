@@ -57,4 +57,8 @@ class CheckpointError(MistralDistError):
 
 
 class TrainingError(MistralDistError):
-    """Training failed for a reason that is not the user's input."""
+    """Training or evaluation failed; with `exit_code`, for the reason that a worker gave."""
+
+    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -12,7 +12,8 @@ Started by `mistral-dist evaluate`, or directly:
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,41 +21,62 @@ from typing import Any
 
 import torch
 
+from mistral_dist.checkpoint import latest_good, load_progress
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Candidates, Encoder
 from mistral_dist.data.pack import best_fit
 from mistral_dist.data.prepare import Prepared, example_of, open_prepared
 from mistral_dist.data.split import TEST
 from mistral_dist.data.stream import Batch, collate
-from mistral_dist.errors import FINISHED, MistralDistError, RunError
+from mistral_dist.errors import FINISHED, DataError, MistralDistError, RunError
+from mistral_dist.files import write_text
 from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
 from mistral_dist.metrics import confusion_matrix, report
 from mistral_dist.model import load_tuned
-from mistral_dist.run import RunDirectory, write_text
+from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
 
 MODELS = ("base", "tuned")
 
 
 def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, Any]:
-    """Score base and tuned on the test split, write evaluation/, and return what test.json holds."""
+    """Score base and tuned on the test split, write evaluation/, and return what test.json holds.
+
+    Raises DataError where nothing was held out, RunError where the data are not those that the run was trained on.
+    """
     encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
     prepared = open_prepared(recipe, encoder)
-    runtime.on_main(lambda: note_progress(run, 0, 1))
+    held_out = HeldOut.of(run, prepared)
+    # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for
     model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
     score = _classify if recipe.task.kind == "classification" else _measure_loss
-    result, lines = score(recipe, runtime, run, model, prepared, encoder)
-    result = {"split": TEST, "task": recipe.task.kind, "n": len(prepared.split(TEST)), **result}
+    result, lines = score(recipe, runtime, run, model, held_out.records, encoder)
+    result = {"split": TEST, "task": recipe.task.kind, "n": len(held_out.records), **result}
     if runtime.is_main:
         write_text(run.path / "evaluation" / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_text(run.path / "evaluation" / "test.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def note_progress(run: RunDirectory, done: int, total: int) -> None:
-    """Let others see how far the evaluation is."""
-    write_text(run.path / "evaluation" / "progress.json", json.dumps({"done": done, "total": total}))
+@dataclass(frozen=True)
+class HeldOut:
+    """The test split of the very data that a run was trained on."""
+
+    records: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, run: RunDirectory, prepared: Prepared) -> "HeldOut":
+        """Raises RunError where the data were prepared anew since: what is held out now may have been trained on."""
+        found, _ = latest_good(run.checkpoints)
+        if found is not None and load_progress(found)[1]["data"] != prepared.fingerprint:
+            raise RunError(
+                f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew"
+            )
+        records = list(prepared.split(TEST))
+        if not records:
+            raise DataError(f"{prepared.path}: its test split is empty; nothing was held out (data.test_fraction), so nothing can be said")
+        return cls(records)
 
 
 @dataclass(frozen=True)
@@ -119,61 +141,58 @@ def label_scores(model: Any, row: LabelRow, examples: int, labels: int, device: 
 
 
 def _classify(
-    recipe: Recipe, runtime: Runtime, run: RunDirectory, model: Any, prepared: Prepared, encoder: Encoder
+    recipe: Recipe, runtime: Runtime, run: RunDirectory, model: Any, records: list[dict[str, Any]], encoder: Encoder
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    records, labels = list(prepared.split(TEST)), list(recipe.task.labels)
-    mine = range(runtime.rank, len(records), runtime.world_size)
-    candidates = {index: encoder.candidates(records[index]["text"]) for index in mine}
-    rows = _rows({i: len(c.prompt) + sum(len(a) - 1 for a in c.answers) for i, c in candidates.items()}, recipe.evaluate.max_tokens)
-    predictions: dict[str, dict[int, int]] = {}
-    for name in MODELS:
-        found: dict[int, int] = {}
-        with as_model(model, name):
-            for n, row in enumerate(rows):
-                scores = label_scores(model, label_row([candidates[i] for i in row]), len(row), len(labels), runtime.device)
-                found |= dict(zip(row, scores.argmax(1).tolist(), strict=True))
-                if runtime.is_main:
-                    note_progress(run, MODELS.index(name) * len(rows) + n + 1, len(MODELS) * len(rows))
-        predictions[name] = {index: label for part in runtime.gather(found) for index, label in part.items()}
+    labels = list(recipe.task.labels)
+    candidates = {index: encoder.candidates(records[index]["text"]) for index in _mine(records, runtime)}
+    tokens = {index: len(one.prompt) + sum(len(answer) - 1 for answer in one.answers) for index, one in candidates.items()}
+    found: dict[str, dict[int, int]] = {name: {} for name in MODELS}
+    for name, row in _passes(model, _rows(tokens, recipe.evaluate.max_tokens), runtime, run):
+        scores = label_scores(model, label_row([candidates[i] for i in row]), len(row), len(labels), runtime.device)
+        found[name] |= dict(zip(row, scores.argmax(1).tolist(), strict=True))
+    result: dict[str, Any] = {"labels": labels}
     truth = [labels.index(record["label"]) for record in records]
-    order = range(len(records))
-    result = {
-        "labels": labels,
-        **{
-            name: report(
-                confusion_matrix(truth, [predictions[name][i] for i in order], len(labels)), labels, recipe.evaluate.bootstrap_samples
-            )
-            for name in MODELS
-        },
-    }
-    lines = [
-        {"id": records[i]["id"], "place": records[i]["place"], "label": records[i]["label"]}
-        | {name: labels[predictions[name][i]] for name in MODELS}
-        for i in order
-    ]
+    lines = [{"id": record["id"], "place": record["place"], "label": record["label"]} for record in records]
+    for name in MODELS:
+        of_all = {index: label for part in runtime.gather(found[name]) for index, label in part.items()}
+        predicted = [of_all[index] for index in range(len(records))]
+        result[name] = report(confusion_matrix(truth, predicted, len(labels)), labels, recipe.evaluate.bootstrap_samples)
+        lines = [{**line, name: labels[label]} for line, label in zip(lines, predicted, strict=True)]
     return result, lines
 
 
 def _measure_loss(
-    recipe: Recipe, runtime: Runtime, run: RunDirectory, model: Any, prepared: Prepared, encoder: Encoder
+    recipe: Recipe, runtime: Runtime, run: RunDirectory, model: Any, records: list[dict[str, Any]], encoder: Encoder
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    records = list(prepared.split(TEST))
-    mine = range(runtime.rank, len(records), runtime.world_size)
-    rows = _rows({i: records[i]["tokens"] for i in mine}, recipe.evaluate.max_tokens)
+    sums = {name: [0.0, 0.0] for name in MODELS}
+    rows = _rows({index: records[index]["tokens"] for index in _mine(records, runtime)}, recipe.evaluate.max_tokens)
+    for name, row in _passes(model, rows, runtime, run):
+        batch = Batch(**collate([encoder.encode(example_of(records[i])) for i in row]), ids=())
+        with torch.no_grad():
+            sums[name][0] += float(summed_loss(model, batch.to(runtime.device)))
+        sums[name][1] += len(batch.targets)
     result: dict[str, Any] = {}
     for name in MODELS:
-        loss = targets = 0.0
-        with as_model(model, name), torch.no_grad():
-            for n, row in enumerate(rows):
-                batch = Batch(**collate([encoder.encode(example_of(records[i])) for i in row]), ids=())
-                loss += float(summed_loss(model, batch.to(runtime.device)))
-                targets += len(batch.targets)
-                if runtime.is_main:
-                    note_progress(run, MODELS.index(name) * len(rows) + n + 1, len(MODELS) * len(rows))
-        loss, targets = runtime.sum([loss, targets])
+        loss, targets = runtime.sum(sums[name])
         result[name] = {"loss": loss / targets, "perplexity": math.exp(loss / targets)}
         result["targets"] = int(targets)
     return result, []
+
+
+def _mine(records: Sequence[Any], runtime: Runtime) -> range:
+    """The indices of the records that this rank scores."""
+    return range(runtime.rank, len(records), runtime.world_size)
+
+
+def _passes(model: Any, rows: list[list[int]], runtime: Runtime, run: RunDirectory) -> Iterator[tuple[str, list[int]]]:
+    """Each row with the model as base, then each as tuned; how far it is can be read in evaluation/progress.json."""
+    total, told = len(MODELS) * len(rows), 0.0
+    for done, (name, row) in enumerate((name, row) for name in MODELS for row in rows):
+        if runtime.is_main and time.monotonic() - told > 1:
+            told = time.monotonic()
+            write_text(run.path / "evaluation" / "progress.json", json.dumps({"done": done, "total": total}))
+        with as_model(model, name):
+            yield name, row
 
 
 def _rows(lengths: dict[int, int], capacity: int) -> list[list[int]]:
@@ -190,8 +209,8 @@ def as_model(model: Any, name: str) -> Any:
 
 def main(words: list[str]) -> int:
     """One worker: `RUN [section.field=value ...]`; return the exit code."""
+    run = RunDirectory(Path(words[0] if words else "."))
     try:
-        run = RunDirectory(Path(words[0] if words else "."))
         recipe = recipe_of(run, words[1:])
         runtime = Runtime()
         evaluate(recipe, runtime, run)
@@ -199,14 +218,22 @@ def main(words: list[str]) -> int:
         return FINISHED
     except MistralDistError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        write_text(run.path / "evaluation" / "failure.json", json.dumps({"message": str(error), "exit_code": error.exit_code}))
         return error.exit_code
 
 
+CHOICES = ("evaluate.", "model.path=", "model.attention=")
+"""Overrides that an evaluation or a chat may be given: they do not say what was trained."""
+
+
 def recipe_of(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
-    """The run's recipe, with overrides of what an evaluation may choose. Raises RunError where there is no adapter yet."""
+    """The recipe of a finished run, with overrides. Raises RunError where there is no adapter yet, or for another override."""
     run.recipe()
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise RunError(f"{run.path}: no adapter yet; finish the training with `mistral-dist train` first")
+    for word in overrides:
+        if not word.startswith(CHOICES):
+            raise RunError(f"{word}: is part of what was trained; here only {', '.join(CHOICES)}... can be chosen")
     return Recipe.load(run.path / "recipe.yaml", overrides)
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from mistral_dist.config import Recipe, changed_fields
 from mistral_dist.errors import RunError, TrainingError
+from mistral_dist.files import read_json, write_text
 from mistral_dist.runtime import process
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -149,8 +150,7 @@ class Lease:
             self._file.unlink(missing_ok=True)
 
     def _content(self) -> str:
-        holder = {"host": socket.gethostname(), "process": process.identity(), "token": self._token, "renewed": time.time()}
-        return json.dumps(holder)
+        return json.dumps({"host": _host(), "process": process.identity(), "token": self._token, "renewed": time.time()})
 
     def _try(self) -> bool:
         aside = self._file.with_name(f".lease-{self._token}")
@@ -176,11 +176,16 @@ class Lease:
         grave.unlink()
 
     def _renew(self) -> None:
+        renewed = time.monotonic()
         while not self._over.wait(self.RENEW):
-            if (read_json(self._file) or {}).get("token") != self._token:
-                self.lost = True
-                return
-            write_text(self._file, self._content())
+            # a full disk or a file server that is away for a moment costs nothing; for longer, another may take over
+            with contextlib.suppress(OSError):
+                if (read_json(self._file) or {}).get("token") != self._token:
+                    self.lost = True
+                    return
+                write_text(self._file, self._content())
+                renewed = time.monotonic()
+            self.lost = time.monotonic() - renewed > self.EXPIRES
 
 
 def holder(path: Path) -> str | None:
@@ -189,10 +194,15 @@ def holder(path: Path) -> str | None:
     if lease is None:
         return None
     pid = str(lease["process"]).partition(":")[0]
-    if lease["host"] == socket.gethostname():
+    if lease["host"] == _host():
         return f"process {pid} on this machine" if process.is_alive(lease["process"]) else None
     age = time.time() - lease["renewed"]
-    return f"process {pid} on {lease['host']}, {age:.0f} s ago" if age < Lease.EXPIRES else None
+    return f"process {pid} on {lease['host'].split('/')[0]}, {age:.0f} s ago" if age < Lease.EXPIRES else None
+
+
+def _host() -> str:
+    """This machine and, since containers may share its name but not its processes, the process namespace."""
+    return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def check_free(path: Path) -> None:
@@ -210,28 +220,6 @@ def move_aside(path: Path) -> Path | None:
     target = next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
     path.rename(target)
     return target
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old content or the new, also after a crash."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(aside, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON file's object, or None where it is missing."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _step_of(line: str) -> float:

@@ -4,9 +4,8 @@ The loop in train.py says when things happen; here is what they are.
 """
 
 import time
-import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,8 @@ from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.prepare import Prepared, example_of
 from mistral_dist.data.split import TRAIN
 from mistral_dist.data.stream import Plan, Stream, Work
-from mistral_dist.errors import FINISHED, MistralDistError, RunError, TrainingError
+from mistral_dist.errors import FAILED, FINISHED, DataError, MistralDistError, RunError, TrainingError
+from mistral_dist.files import sweep
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import Lease, RunDirectory
@@ -61,6 +61,8 @@ class Session:
     told: float = 0.0
     """When the status was last written."""
     peft_config: Any = None
+    base: int = 0
+    """The byte sum of the packed 4-bit weights: which base this is, and whether sharding left it alone."""
 
     @classmethod
     def start(cls, recipe: Recipe, runtime: Runtime, run: RunDirectory, prepared: Prepared, steps: int) -> "Session":
@@ -69,18 +71,19 @@ class Session:
         Raises RunError where the data are not those that the run began with.
         """
         session = cls(recipe, runtime, run, prepared, steps)
+        session._refuse_drift()
         attention = choose_attention(recipe.model, runtime.device)
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {steps} steps; loading the model")
         model = build_trainable(recipe, runtime.device, attention)
         session.peft_config = model.peft_config["default"]
+        session.base = runtime.byte_sum(packed_weights(model))
         parameters = adapter_parameters(model)
         found = session._find_checkpoint()
         if found is not None:
             checkpoint.load_adapter(found, parameters)
-        bytes_before = runtime.byte_sum(packed_weights(model))
         runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
-        if runtime.byte_sum(packed_weights(runtime.bare_model)) != bytes_before:
+        if runtime.byte_sum(packed_weights(runtime.bare_model)) != session.base:
             raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
         if found is not None:
             runtime.scatter_moments(checkpoint.load_moments(found), session.progress.step)
@@ -120,6 +123,7 @@ class Session:
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
 
         def write() -> None:
+            self.run.check_lease()
             self.run.sync()
             path = checkpoint.save(
                 self.run.checkpoints,
@@ -141,12 +145,10 @@ class Session:
         adapter = self.runtime.gather_adapter()
 
         def write() -> None:
-            checkpoint.sweep(self.run.path)
-            aside = self.run.path / f"{checkpoint.ASIDE}adapter"
-            checkpoint.save_adapter(aside, adapter, self._adapter_config())
-            tokenizer.save_pretrained(str(aside))
-            (aside / "README.md").write_text(model_card(self.recipe, self.prepared, self.steps), encoding="utf-8")
-            checkpoint.publish(aside, self.run.adapter)
+            self.run.check_lease()
+            sweep(self.run.path)
+            card = model_card(self.recipe, self.prepared, self.steps)
+            checkpoint.publish_adapter(self.run.adapter, adapter, self._adapter_config(), tokenizer, card)
 
         self.runtime.on_main(write)
 
@@ -169,14 +171,24 @@ class Session:
         if self.runtime.is_main:
             print(line, flush=True)
 
+    def _refuse_drift(self) -> None:
+        """Raise RunError where the ranks run different libraries: their numbers would differ, and no one would know."""
+        versions = self.runtime.gather(checkpoint.versions())
+        for rank, found in enumerate(versions):
+            drift = [f"{name} {version} and {found[name]}" for name, version in versions[0].items() if found[name] != version]
+            if drift:
+                raise RunError(f"ranks 0 and {rank} have different versions ({', '.join(drift)}); install the same on all machines")
+
     def _find_checkpoint(self) -> Path | None:
         """Rank 0 looks for the newest good checkpoint, and all take that one."""
 
         def look() -> Path | None:
-            checkpoint.sweep(self.run.checkpoints)
+            sweep(self.run.checkpoints)
             found, damaged = checkpoint.latest_good(self.run.checkpoints)
             for line in damaged:
                 self.say(line)
+            if damaged and found is None:
+                raise RunError(f"{self.run.path}: no checkpoint is whole ({'; '.join(damaged)}); start anew with --fresh, or restore one")
             return found
 
         found = self.runtime.on_main(look)
@@ -184,13 +196,21 @@ class Session:
             return None
         self.progress, facts = checkpoint.load_progress(found)
         self.saved = self.progress.step
-        if facts["data"] != self.prepared.fingerprint:
-            raise RunError(
-                f"{self.run.path}: began with other data than {self.prepared.path} holds now; start another run with run.dir=...,"
-                " or --fresh to move the old one aside"
-            )
+        self._refuse_other(facts)
         self.say(f"going on from {found.name}")
+        before = checkpoint.written_with(found)
+        for name, version in checkpoint.versions().items():
+            if before.get(name) != version:
+                self.say(f"note: {name} was {before.get(name)} when the checkpoint was written, it is {version} now")
         return found
+
+    def _refuse_other(self, facts: dict[str, Any]) -> None:
+        """Raise RunError where the data or the base are not those that the checkpoint was made with."""
+        ways_out = "start another run with run.dir=..., or --fresh to move the old one aside"
+        if facts["data"] != self.prepared.fingerprint:
+            raise RunError(f"{self.run.path}: began with other data than {self.prepared.path} holds now; {ways_out}")
+        if facts["base"] != self.base:
+            raise RunError(f"{self.run.path}: began with another base model than {self.recipe.model.name} is here now; {ways_out}")
 
     def _mark_start(self) -> None:
         self.run.cut_back(self.progress.step)
@@ -222,6 +242,7 @@ class Session:
         return {
             "steps": self.steps,
             "data": self.prepared.fingerprint,
+            "base": self.base,
             # all noise is drawn from (seed, step, slot): this and the step are every random generator's state
             "rng": {"seed": self.recipe.train.seed},
             "written_by": {"world_size": self.runtime.world_size, "zero_stage": self.runtime.zero_stage},
@@ -237,30 +258,33 @@ class Session:
 
 @contextmanager
 def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
-    """The run directory, held by this group of ranks alone; a failure inside is noted in its status.
+    """The run directory, held by this group of ranks alone.
 
     Raises RunError where another process writes there, or where the run began with another recipe.
     """
     run = RunDirectory(recipe.run_dir)
     with ExitStack() as held:
-        runtime.on_main(lambda: held.enter_context(Lease(run)) and None)
+
+        def take() -> None:
+            held.enter_context(Lease(run))
+            run.begin(recipe)
+
+        runtime.on_main(take)
         try:
-            runtime.on_main(lambda: run.begin(recipe))
             yield run
         except Exception as error:
-            _note_failure(run, error)
+            # while the lease is still held
+            note_failure(run, error)
             raise
 
 
-def _note_failure(run: RunDirectory, error: Exception) -> None:
+def note_failure(run: RunDirectory, error: Exception) -> None:
     """Write the reason into the status. Any rank may fail first; what says more about the cause is kept."""
     known = isinstance(error, MistralDistError)
-    if not known:
-        traceback.print_exception(error)
-    if known or (run.status() or {}).get("state") != "failed":
-        code = error.exit_code if isinstance(error, MistralDistError) else 1
-        message = str(error) if known else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        run.set_status("failed", code, message)
+    with suppress(OSError):  # a full disk must not hide what went wrong
+        if known or (run.status() or {}).get("state") != "failed":
+            code = error.exit_code if isinstance(error, MistralDistError) else FAILED
+            run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 class _Examples:
@@ -272,8 +296,9 @@ class _Examples:
     def encode(self, index: int) -> tuple[str, Encoded]:
         record = self._split[index]
         encoded = self._encoder.encode(example_of(record))
-        # the plan, the loss's denominator and the step count stand on the stored lengths
-        assert len(encoded.ids) == record["tokens"] and len(encoded.targets) == record["targets"], record["place"]
+        if (len(encoded.ids), len(encoded.targets)) != (record["tokens"], record["targets"]):
+            # the plan, the loss's denominator and the number of steps stand on the stored lengths
+            raise DataError(f"{record['place']}: is encoded to another length than when it was prepared; run `mistral-dist prepare` again")
         return record["id"], encoded
 
 

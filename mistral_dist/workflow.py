@@ -12,7 +12,8 @@ from mistral_dist import assets
 from mistral_dist.config import Recipe
 from mistral_dist.display import console, evaluating, following, minutes, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, RecipeError, TrainingError
-from mistral_dist.run import RunDirectory, check_free, check_same, move_aside, read_json
+from mistral_dist.files import read_json
+from mistral_dist.run import RunDirectory, check_free, check_same, move_aside
 from mistral_dist.runtime import launcher
 
 TAIL = 15
@@ -36,18 +37,17 @@ def start_training(
     if fresh:
         old = move_aside(run.path)
         if old is not None:
-            console.print(f"the old run is now {old}")
+            console.print(f"the old run is now {old}", markup=False)
     check_free(run.path)
     status = run.status()
     if status is not None and (run.path / "recipe.yaml").is_file():
         check_same(recipe, run.recipe(), run.path)
         if status["state"] == "finished":
-            console.print(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh")
+            console.print(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh", markup=False)
             return FINISHED
     prepare_if_needed(recipe)
     line = training_line(recipe, words, processes=processes, zero=zero, config=config)
-    console.print(f"$ {line}", soft_wrap=True, style="dim")
-    console.print(f"log: {run.log}", style="dim")
+    _announce(line, run)
     started = time.monotonic()
     with following(run) as tick:
         code = launcher.run(line, run.log, tick)
@@ -55,48 +55,55 @@ def start_training(
 
 
 def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes: int | None = None) -> dict[str, Any]:
-    """Evaluate a finished run; return what test.json holds. Raises TrainingError, with the log's end, where it failed."""
+    """Evaluate a finished run; return what test.json holds. Raises TrainingError with the reason where it failed."""
     gpus = launcher.visible_gpus()
     count = _processes(processes, gpus)
     name = "single_gpu" if count == 1 else "data_parallel"
     line = launcher.Line(
         config=assets.find(f"configs/accelerate/{name}.yaml"),
-        processes=count,
         module="mistral_dist.evaluate",
         words=(str(run.path), *words),
+        processes=count,
         gpus=gpus > 0,
+        saves=False,
     )
-    console.print(f"$ {line}", soft_wrap=True, style="dim")
-    (run.path / "evaluation" / "test.json").unlink(missing_ok=True)
-    (run.path / "evaluation" / "progress.json").unlink(missing_ok=True)
+    _announce(line, run)
+    folder = run.path / "evaluation"
+    for leftover in ("failure.json", "progress.json"):
+        (folder / leftover).unlink(missing_ok=True)
     with evaluating(run) as tick:
-        launcher.run(line, run.log, tick)
-    result = read_json(run.path / "evaluation" / "test.json")
-    if result is None:
-        raise TrainingError(f"the evaluation failed; the end of {run.log}:\n{tail(run.log)}")
-    (run.path / "evaluation" / "progress.json").unlink(missing_ok=True)
+        code = launcher.run(line, run.log, tick)
+    (folder / "progress.json").unlink(missing_ok=True)
+    result, failure = read_json(folder / "test.json"), read_json(folder / "failure.json")
+    if failure is not None:
+        raise TrainingError(failure["message"], failure["exit_code"])
+    if code != 0 or result is None:
+        _show_tail(run.log)
+        raise TrainingError(f"{run.path}: the evaluation did not end; its last words are above, all of them in {run.log}")
     return result
 
 
 def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
-    """The recipe's prepared data, made now where there are none that fit."""
-    # these two import torch and transformers, seconds that a mistyped recipe need not wait for
+    """The recipe's prepared data, made now where there are none; only with `again` is a data directory ever replaced.
+
+    Raises DataError where there are some of another recipe: a run may still depend on them.
+    """
+    # these import transformers and datasets, seconds that a mistyped recipe need not wait for
     from mistral_dist.data import prepare, sources
     from mistral_dist.data.encode import Encoder
-    from mistral_dist.errors import DataError
     from mistral_dist.hub import load_tokenizer
 
     sources.check(recipe.data.sources)
     encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
-    try:
-        prepared = prepare.open_prepared(recipe, encoder)
-    except DataError:
+    if prepare.read_manifest(recipe.data_dir) is None:
         return prepare.prepare(recipe, encoder, track)
-    if not prepare.sources_changed(recipe, prepared):
-        return prepared
-    if again or not recipe.run_dir.exists():
+    if again and not prepare.is_current(recipe, encoder):
         return prepare.prepare(recipe, encoder, track)
-    console.print(f"note: source files changed since {prepared.path} was prepared; this run goes on with the data that it began with")
+    prepared = prepare.open_prepared(recipe, encoder)
+    if prepare.sources_changed(recipe, prepared):
+        console.print(
+            f"note: source files changed since {prepared.path} was prepared; `mistral-dist prepare` takes in what is new", markup=False
+        )
     return prepared
 
 
@@ -105,28 +112,31 @@ def training_line(
 ) -> launcher.Line:
     """The `accelerate launch` line: one process without ZeRO, several under ZeRO-2, unless asked otherwise."""
     gpus = launcher.visible_gpus()
+    if config is not None:
+        # the user's own: it decides what is not asked for here, the port between machines included
+        stage = assets.find(f"configs/deepspeed/zero{zero}.json") if zero else None
+        return launcher.Line(config, "mistral_dist.train", tuple(words), processes, stage, free_port=False, gpus=gpus > 0)
     count = _processes(processes, gpus)
-    if count > recipe.train.global_batch_size:
-        raise RecipeError(
-            f"train.global_batch_size={recipe.train.global_batch_size}: cannot be shared by {count} processes; use --processes"
-            f" {recipe.train.global_batch_size}, or start a new run with a larger global batch"
-        )
-    stage = zero if zero is not None else 2 if count > 1 else 0
-    name = "multi_gpu" if stage else "single_gpu" if count == 1 else "data_parallel"
-    return launcher.Line(
-        config=config or assets.find(f"configs/accelerate/{name}.yaml"),
-        processes=count,
-        module="mistral_dist.train",
-        words=tuple(words),
-        deepspeed=assets.find(f"configs/deepspeed/zero{stage}.json") if stage and (config is None or zero is not None) else None,
-        gpus=gpus > 0,
-    )
+    packs = recipe.train.global_batch_size
+    if count > packs:
+        remedy = f"use --processes {packs}, or start a new run with a larger global batch"
+        raise RecipeError(f"train.global_batch_size={packs}: cannot be shared by {count} processes; {remedy}")
+    zero = zero if zero is not None else 2 if count > 1 else 0
+    name = "multi_gpu" if zero else "single_gpu" if count == 1 else "data_parallel"
+    stage = assets.find(f"configs/deepspeed/zero{zero}.json") if zero else None
+    accelerate = assets.find(f"configs/accelerate/{name}.yaml")
+    return launcher.Line(accelerate, "mistral_dist.train", tuple(words), count, stage, gpus=gpus > 0)
 
 
-def tail(log: Path) -> str:
+def _announce(line: launcher.Line, run: RunDirectory) -> None:
+    console.print(f"$ {line}", soft_wrap=True, style="dim", markup=False)
+    console.print(f"log: {run.log}", soft_wrap=True, style="dim", markup=False)
+
+
+def _show_tail(log: Path) -> None:
     """The last lines of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    return "\n".join(f"  {line}" for line in lines[-TAIL:])
+    console.print("\n".join(f"  {line}" for line in lines[-TAIL:]), markup=False, soft_wrap=True)
 
 
 def _processes(asked: int | None, gpus: int) -> int:
@@ -138,22 +148,16 @@ def _processes(asked: int | None, gpus: int) -> int:
 
 def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds: float) -> int:
     """Say how the workers ended. Their exit code comes from the status, since Accelerate turns every failure into 1."""
+    check_free(run.path)  # of two that start at once, one trains, and the other's workers have been refused
     status = run.status()
     if status is None or status["state"] == "running" or (status == before and code != 0):
         message = "the workers ended without a word (killed, or out of memory?)"
-        if run.path.is_dir() and (run.path / "recipe.yaml").is_file():
-            run.set_status("failed", FAILED, message)
-        console.print(tail(run.log), markup=False)
-        raise TrainingError(f"{run.path}: {message}; its last words are above, all of them in {run.log}")
+        run.set_status("failed", FAILED, message)
+        _show_tail(run.log)
+        raise TrainingError(f"{run.path}: {message}; their last lines are above, all of them in {run.log}")
     if status["state"] == "failed":
         if status["exit_code"] == FAILED:
-            console.print(tail(run.log), markup=False)
-        raise _as_error(status)
-    console.print(f"{run.path}: {status['message']}, after {minutes(seconds)}", markup=False)
+            _show_tail(run.log)
+        raise TrainingError(status["message"], status["exit_code"])
+    console.print(f"{run.path}: {status['message']}, after {minutes(seconds)}", markup=False, soft_wrap=True)
     return FINISHED if status["state"] == "finished" else STOPPED
-
-
-def _as_error(status: dict[str, Any]) -> TrainingError:
-    error = TrainingError(status["message"])
-    error.exit_code = status["exit_code"]
-    return error

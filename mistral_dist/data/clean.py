@@ -22,8 +22,10 @@ from mistral_dist.errors import DataError
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
 
-REPAIR = ftfy.TextFixerConfig(uncurl_quotes=False, normalization="NFC")
-"""Mend mojibake and control characters; leave typographic quotes, they are the author's."""
+REPAIR = ftfy.TextFixerConfig(
+    uncurl_quotes=False, unescape_html=False, fix_latin_ligatures=False, fix_character_width=False, normalization="NFC"
+)
+"""Mend mojibake and control characters. Quotes, ligatures, full-width letters and `&lt;` may be what the author meant."""
 
 PERMUTATIONS = 128
 """Hash functions of a MinHash: the standard error of its Jaccard estimate is 1/sqrt(128) = 0.09 at most."""
@@ -41,6 +43,8 @@ class Example:
     text: str = ""
     label: str = ""
     messages: tuple[Message, ...] = ()
+    ends: bool = True
+    """pretrain: whether the text ends its document; only then does the model learn to stop after it."""
 
     @property
     def content(self) -> str:
@@ -101,13 +105,14 @@ def _repaired(rows: Iterable[Row], task: Task, audit: Audit) -> Iterator[Example
         example = read_example(row, task)
         messages = tuple({**message, "content": repair(message["content"])} for message in example.messages)
         mended = replace(example, text=repair(example.text), messages=messages)
+        _refuse_unanswered(mended)
         audit.repaired += mended.content != example.content
         yield mended
 
 
 def _long_enough(examples: Iterable[Example], least: int, audit: Audit) -> Iterator[Example]:
     for example in examples:
-        if (len(example.text) if example.text or not example.messages else len(example.content)) < max(1, least):
+        if len(example.text) + sum(len(message["content"]) for message in example.messages) < max(1, least):
             audit.drop(example, "too_short", f"fewer than {max(1, least)} characters")
         else:
             yield example
@@ -130,10 +135,10 @@ def _without_conflicts(examples: list[Example], audit: Audit) -> list[Example]:
 def _without_duplicates(examples: Iterable[Example], audit: Audit) -> Iterator[Example]:
     first: dict[str, str] = {}
     for example in examples:
-        place = first.setdefault(example.id, example.place)
-        if place != example.place:
-            audit.drop(example, "duplicate", f"same as {place}")
+        if example.id in first:
+            audit.drop(example, "duplicate", f"same as {first[example.id]}")
         else:
+            first[example.id] = example.place
             yield example
 
 
@@ -153,9 +158,15 @@ def _without_near_duplicates(examples: Iterable[Example], threshold: float, audi
         yield example
 
 
+def _refuse_unanswered(example: Example) -> None:
+    answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
+    if example.messages and not any(answers):
+        raise DataError(f"{example.place}: no answer to learn from (no assistant turn with content); add one or remove the row")
+
+
 def shingles(text: str) -> list[str]:
-    """The runs of 5 words of a text, lower case, digits alike; a shorter text is one shingle."""
-    words = re.sub(r"\d+", "0", text.lower()).split()
+    """The runs of 5 words of a text, in lower case; a shorter text is one shingle."""
+    words = text.lower().split()
     return [" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))]
 
 
@@ -188,6 +199,4 @@ def _conversation(row: Row, task: Task) -> tuple[Message, ...]:
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             raise DataError(f"{row.place}: each message has a role ({', '.join(ROLES)}) and a content (text); found {turn!r:.80}")
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-        raise DataError(f"{row.place}: no answer to learn from (no assistant turn with content); add one or remove the row")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)

@@ -6,6 +6,7 @@ conversation are the assistant's turns, each with the token that ends it; of a p
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,9 @@ class Encoder:
             raise ModelError(f"{tokenizer.name_or_path}: no chat template; take the instruct model, or task.kind: pretrain")
         self.tokenizer = tokenizer
         self.task = task
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._keeps_system = task.kind == "pretrain" or self._template_keeps_system()
 
     @property
     def fingerprint(self) -> str:
@@ -61,6 +65,14 @@ class Encoder:
             return self._encode_text(example)
         return self._encode_turns(self.conversation(example), example.place)
 
+    def control_token_in(self, example: Example) -> str | None:
+        """The first control token that stands in an example's text: it would end a turn or begin one, not be text."""
+        for text in (example.text, *(message["content"] for message in example.messages)):
+            found = self._control.search(text)
+            if found:
+                return found[0]
+        return None
+
     def conversation(self, example: Example) -> list[Message]:
         """The turns that the model sees: the example's own, or the classification prompt and its label."""
         if self.task.kind == "classification":
@@ -76,7 +88,10 @@ class Encoder:
         return [{"role": "user", "content": prompt}]
 
     def prompt(self, turns: Sequence[Message]) -> list[int]:
-        """Token ids up to where the assistant begins to answer."""
+        """Token ids up to where the assistant begins to answer. Raises DataError for a control token in a turn."""
+        token = self.control_token_in(Example("the conversation", messages=tuple(turns)))
+        if token is not None:
+            raise DataError(f"the conversation holds {token!r}, which the model reads as a control token; take it out")
         return self._render(self._with_system(list(turns)), "the conversation", answer_follows=True)
 
     def candidates(self, text: str) -> Candidates:
@@ -90,12 +105,30 @@ class Encoder:
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         if self.task.system is not None and turns[0]["role"] != "system":
-            return [{"role": "system", "content": self.task.system}, *turns]
-        return turns
+            turns = [{"role": "system", "content": self.task.system}, *turns]
+        if turns[0]["role"] != "system" or self._keeps_system or len(turns) < 2:
+            return turns
+        system, first, *rest = turns
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+    def _template_keeps_system(self) -> bool:
+        """Whether a system turn stays where it is when an answer follows.
+
+        It does not in templates that have no such turn, and in those that show it with the last turn only, as some of
+        Mistral's; there the system's text goes into the first user turn.
+        """
+        asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+        try:
+            before = self._render(asked, "a probe", answer_follows=True)
+            through = self._render([*asked, {"role": "assistant", "content": "A"}], "a probe")
+            return through[: len(before)] == before != self._render(asked[1:], "a probe", answer_follows=True)
+        except DataError:
+            return False
 
     def _encode_text(self, example: Example) -> Encoded:
-        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*begin, *self.tokenizer.encode(example.text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        begin = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        end = [self.tokenizer.eos_token_id] if example.ends else []
+        ids = [*begin, *self.tokenizer.encode(example.text, add_special_tokens=False), *end]
         if len(ids) < 2:
             raise DataError(f"{example.place}: no target token (the text is empty); remove the row")
         return Encoded(ids, list(range(1, len(ids))))

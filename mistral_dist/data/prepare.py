@@ -1,19 +1,21 @@
-"""Sources -> a data directory that training reads memory-mapped, at any size, at any position.
+"""Sources -> a data directory that training reads memory-mapped, at any position.
 
     data/<name>/
-      train/ validation/ test/   Arrow shards: id, document, place, text, label, messages, tokens, targets
+      train/ validation/ test/   Arrow shards: id, document, place, text, label, messages, ends, tokens, targets
       quarantine.jsonl           every row that was dropped: place, reason, what it collided with
-      manifest.json              counts that add up, what went in, fingerprints; written last
+      manifest.json              counts that add up, what went in, fingerprints
 
 The directory is written aside and renamed, so that a prepared directory is whole or is not there. `tokens` and `targets`
-are the lengths under the recipe's tokenizer and template; with them the order of training needs no text.
+are the lengths under the recipe's tokenizer and template; with them the order of training needs no text. For now the
+examples are held in memory while they are prepared.
 """
 
+import fcntl
 import json
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +30,10 @@ from mistral_dist.data.clean import Audit, Example, clean
 from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.split import SPLITS, TRAIN, split
 from mistral_dist.errors import DataError
+from mistral_dist.files import ASIDE, aside_of, publish, read_json
 
 FORMAT = 1
+"""Of the data directory; a new one is prepared again."""
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable to show progress under a description."""
 
@@ -40,6 +44,7 @@ FEATURES = datasets.Features(
         "place": datasets.Value("string"),
         "text": datasets.Value("string"),
         "label": datasets.Value("string"),
+        "ends": datasets.Value("bool"),
         "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
         "tokens": datasets.Value("int32"),
         "targets": datasets.Value("int32"),
@@ -61,6 +66,8 @@ class Prepared:
 
     def split(self, name: str) -> datasets.Dataset:
         """One split, memory-mapped."""
+        if not self.manifest["examples"][name]:  # `datasets` writes such a one, but cannot read it
+            return datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
         return datasets.load_from_disk(str(self.path / name))
 
     def lengths(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,26 +83,44 @@ def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what
     """
     sources.check(recipe.data.sources)
     _refuse_foreign(recipe.data_dir)
-    seen = sources.state(recipe.data.sources)
-    audit = Audit()
-    rows = track(sources.read(recipe.data.sources), "reading and cleaning")
-    examples = clean(rows, recipe.task, recipe.data, audit)
     data = recipe.data
-    where = split(examples, data.validation_fraction, data.test_fraction, data.seed, _assigned(recipe))
-    measured = list(_measured(track(examples, "measuring tokens"), recipe, encoder, audit))
-    records = {name: [record for record in measured if where[record["document"]] == name] for name in SPLITS}
-    _refuse_empty(recipe, records, audit)
-    return _write(recipe, encoder, audit, records, seen)
+    with _alone(recipe.data_dir):
+        seen = sources.state(data.sources)
+        audit = Audit()
+        examples = clean(track(sources.read(data.sources), "reading and cleaning"), recipe.task, data, audit)
+        where = split(examples, data.validation_fraction, data.test_fraction, data.seed, _assigned(recipe))
+        measured = list(_measured(track(examples, "measuring tokens"), recipe, encoder, audit))
+        records = {name: [record for record in measured if where[record["document"]] == name] for name in SPLITS}
+        _refuse_empty(recipe, records, audit)
+        return _write(recipe, encoder, audit, records, seen)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One preparation of a directory at a time; what a killed one left behind is put right first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"data.dir: {target}: is being prepared by another process; wait for it") from None
+        for leftover in sorted(target.parent.glob(f"{ASIDE}{target.name}-*")):
+            if not target.exists() and read_manifest(leftover) is not None:
+                leftover.rename(target)  # killed between the two renames: the data, and with them the assignments to splits
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield
 
 
 def open_prepared(recipe: Recipe, encoder: Encoder) -> Prepared:
     """The recipe's data directory. Raises DataError, naming the command, where it is missing or of another recipe."""
     manifest = read_manifest(recipe.data_dir)
-    remedy = "run `mistral-dist prepare` with this recipe and these overrides first"
+    remedy = "run `mistral-dist prepare` with this recipe and these overrides"
     if manifest is None:
-        raise DataError(f"data.dir: {recipe.data_dir}: no prepared data there; {remedy}")
+        raise DataError(f"data.dir: {recipe.data_dir}: no prepared data there; {remedy} first")
     if manifest["key"] != _key(recipe, encoder):
-        raise DataError(f"data.dir: {recipe.data_dir}: prepared with another data or task section, tokenizer or version; {remedy}")
+        other = "prepared with another data or task section, tokenizer or version"
+        raise DataError(f"data.dir: {recipe.data_dir}: {other}; {remedy} to replace it, or set data.dir=... to keep both")
     return Prepared(recipe.data_dir, manifest)
 
 
@@ -104,16 +129,21 @@ def sources_changed(recipe: Recipe, prepared: Prepared) -> bool:
     return bool(prepared.manifest["sources"] != sources.state(recipe.data.sources))
 
 
+def is_current(recipe: Recipe, encoder: Encoder) -> bool:
+    """Whether the recipe's data directory is what `prepare` would make of it now."""
+    manifest = read_manifest(recipe.data_dir)
+    return manifest is not None and manifest["key"] == _key(recipe, encoder) and manifest["sources"] == sources.state(recipe.data.sources)
+
+
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a data directory, or None where there is none."""
-    file = path / "manifest.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(path / "manifest.json")
 
 
 def example_of(record: dict[str, Any]) -> Example:
     """The example that a record of a shard holds."""
     messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in record["messages"])
-    return Example(record["place"], record["text"], record["label"], messages)
+    return Example(record["place"], record["text"], record["label"], messages, record["ends"])
 
 
 def _key(recipe: Recipe, encoder: Encoder) -> str:
@@ -143,6 +173,10 @@ def _measured(examples: Iterable[Example], recipe: Recipe, encoder: Encoder, aud
     """Records with their lengths; over-long examples are cut into pieces (pretrain), dropped and counted, or refused."""
     capacity = recipe.data.max_length
     for example in examples:
+        token = encoder.control_token_in(example)
+        if token is not None:
+            audit.drop(example, "control_token", f"holds {token!r}, which would end a turn or begin one")
+            continue
         if recipe.task.kind == "pretrain":
             yield from _pieces(example, capacity, encoder)
             continue
@@ -164,8 +198,9 @@ def _pieces(example: Example, capacity: int, encoder: Encoder) -> Iterator[dict[
     if len(whole.ids) <= capacity:
         yield _record(example, example.id, example.id, whole)
         return
-    for number, text in enumerate(_cut(example, example.text, capacity, encoder), 1):
-        piece = replace(example, place=f"{example.place} part {number}", text=text)
+    texts = list(_cut(example, example.text, capacity, encoder))
+    for number, text in enumerate(texts, 1):
+        piece = replace(example, place=f"{example.place} part {number}", text=text, ends=number == len(texts))
         yield _record(piece, f"{example.id}-{number}", example.id, encoder.encode(piece))
 
 
@@ -193,6 +228,7 @@ def _record(example: Example, name: str, document: str, encoded: Encoded) -> dic
         "place": example.place,
         "text": example.text,
         "label": example.label,
+        "ends": example.ends,
         "messages": list(example.messages),
         "tokens": len(encoded.ids),
         "targets": len(encoded.targets),
@@ -212,7 +248,7 @@ def _write(
     recipe: Recipe, encoder: Encoder, audit: Audit, records: dict[str, list[dict[str, Any]]], seen: dict[str, list[int]]
 ) -> Prepared:
     target = recipe.data_dir
-    aside = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}"
+    aside = aside_of(target)
     aside.mkdir(parents=True)
     try:
         for name in SPLITS:
@@ -222,20 +258,11 @@ def _write(
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in audit.quarantine)
         manifest = _manifest(recipe, encoder, audit, records, seen)
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
-        _put_in_place(aside, target)
+        _refuse_foreign(target)
+        publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Prepared(target, manifest)
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    """Replace a data directory."""
-    _refuse_foreign(target)
-    old = target.parent / f".{target.name}-old-{uuid.uuid4().hex[:8]}"
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -249,8 +276,9 @@ def _manifest(
 ) -> dict[str, Any]:
     documents = {name: len({record["document"] for record in records[name]}) for name in SPLITS}
     dropped = dict(sorted(audit.dropped.items()))
-    assert audit.rows == sum(documents.values()) + sum(dropped.values()), "rows read = examples kept + rows dropped"
-    order = [[record["id"], record["tokens"], record["targets"]] for name in SPLITS for record in records[name]]
+    kept, lost = sum(documents.values()), sum(dropped.values())
+    assert audit.rows == kept + lost, f"{audit.rows} rows read, but {kept} kept and {lost} dropped"
+    order = [[record["id"], record["label"], record["tokens"], record["targets"]] for name in SPLITS for record in records[name]]
     return {
         "format": FORMAT,
         "key": _key(recipe, encoder),

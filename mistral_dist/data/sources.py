@@ -42,13 +42,22 @@ def local_files(source: Source) -> list[Path]:
     path = Path(source.path or "").expanduser()
     if not path.exists():
         raise DataError(f"data.sources: {path}: no such file or folder; set data.sources to where your data are")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in READERS) if path.is_dir() else [path]
+    files = sorted(_data_files(path)) if path.is_dir() else [path]
     if not files:
         raise DataError(f"data.sources: {path}: no file in it that can be read ({', '.join(READERS)})")
     for file in files:
         if _ending(file) not in READERS:
             raise DataError(f"data.sources: {file}: unknown format {file.suffix!r}; known are {', '.join(READERS)}")
     return files
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """What can be read in a folder, but nothing hidden and nothing of a data directory that `prepare` made."""
+    prepared = {manifest.parent for manifest in folder.rglob("manifest.json") if (manifest.parent / "quarantine.jsonl").is_file()}
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and _ending(path) in READERS and not hidden and prepared.isdisjoint(path.parents):
+            yield path
 
 
 def read(sources: tuple[Source, ...]) -> Iterator[Row]:
@@ -143,7 +152,8 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def _read_hub(source: Source) -> Iterator[Row]:
     # not streaming: what `mistral-dist fetch` has put on this machine is read without a network
     options = {"name": source.subset, "split": source.split, "streaming": False}
-    return _library(source.name or "", f"{source.name}[{source.split}]", **options)
+    what = "/".join(part for part in (source.name, source.subset) if part)
+    return _library(source.name or "", f"{what}[{source.split}]", **options)
 
 
 def _library(loader: str, what: str, **options: Any) -> Iterator[Row]:

@@ -132,6 +132,9 @@ class Runtime:
                 outcome = (action(), None)
             except (MistralDistError, OSError) as error:
                 outcome = (None, error)
+            except Exception as error:
+                # whatever it is (a library's own kind may not even pickle), the other ranks must not wait for it
+                outcome = (None, TrainingError(f"{type(error).__name__}: {error}"))
         result, problem = self.gather(outcome)[0]
         if problem is not None:
             raise problem
@@ -230,21 +233,29 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, f
     for key, value in decided.items():
         if config.get(key, "auto") not in ("auto", value):
             raise MachineError(f'{file}: {key} is {config[key]}, the recipe makes it {value}; write "auto"')
+    for problem in _refused_in_deepspeed(config):
+        raise MachineError(f"{file}: {problem}")
+    return {**config, **decided}
+
+
+def _refused_in_deepspeed(config: dict[str, Any]) -> Iterator[str]:
+    """What a DeepSpeed configuration must not say, in words."""
     for key in ("bf16", "fp16", "torch_autocast", "amp"):
         if config.get(key, {}).get("enabled", False):
-            raise MachineError(
-                f"{file}: {key} must not be enabled: the adapter is kept in float32; remove the section (model.dtype decides)"
-            )
+            yield f"{key} must not be enabled: the adapter is kept in float32; remove the section (model.dtype decides)"
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise MachineError(f"{file}: {key} is the recipe's to decide; remove the section")
-    if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
-        raise MachineError(f"{file}: zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml")
-    return {**config, **decided}
+            yield f"{key} is the recipe's to decide; remove the section"
+    zero = config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            yield f"zero_optimization.{key}: not supported yet; remove the section (what it would move is small)"
+    if zero.get("stage") not in (1, 2, 3):
+        yield "zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml"
 
 
 def _make_deterministic() -> None:
     """Only kernels that give the same bits each time (a no-op on the CPU, where the ones used here all do)."""
-    process.default_environment(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    process.default_environment(CUBLAS_WORKSPACE_CONFIG=":4096:8", FLASH_ATTENTION_DETERMINISTIC="1")
     torch.use_deterministic_algorithms(True, warn_only=False)
     torch.backends.cudnn.benchmark = False

@@ -4,6 +4,7 @@ One way to start workers for everything: training and evaluation, one process or
 parent of the elastic agent, which is the parent of the workers; when it ends, all of them do.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from mistral_dist.errors import FAILED
 from mistral_dist.runtime import process
 
 GRACE = 30.0
@@ -27,20 +29,23 @@ class Line:
     """One `accelerate launch` line."""
 
     config: Path
-    processes: int
     module: str
     words: tuple[str, ...]
+    processes: int | None = None
+    """None leaves it to `config`."""
     deepspeed: Path | None = None
+    free_port: bool = True
     gpus: bool = False
+    saves: bool = True
+    """Whether the workers answer a stop signal by saving and ending; else they are simply ended."""
 
     def arguments(self) -> list[str]:
         """What follows `accelerate`."""
+        count = [] if self.processes is None else ["--num_processes", str(self.processes)]
         stage = [] if self.deepspeed is None else ["--deepspeed_config_file", str(self.deepspeed)]
         # port 0: any free one, so that two runs on one machine never meet
-        return [
-            "launch", "--config_file", str(self.config), "--num_processes", str(self.processes), *stage,
-            "--main_process_port", "0", "-m", self.module, *self.words,
-        ]  # fmt: skip
+        port = ["--main_process_port", "0"] if self.free_port else []
+        return ["launch", "--config_file", str(self.config), *count, *stage, *port, "-m", self.module, *self.words]
 
     def __str__(self) -> str:
         return shlex.join(["accelerate", *self.arguments()])
@@ -65,7 +70,7 @@ def run(line: Line, log: Path, tick: Callable[[], None]) -> int:
     """
     environment = {**os.environ, process.LAUNCHER: process.identity()}
     if not line.gpus:
-        environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(line.processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(line.processes or 1)))
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *line.arguments()]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output, process.StopRequest() as stop:
@@ -83,22 +88,27 @@ def run(line: Line, log: Path, tick: Callable[[], None]) -> int:
 
 
 def _wait(agent: "subprocess.Popen[bytes]", line: Line, stop: process.StopRequest, tick: Callable[[], None]) -> int:
-    asked = False
+    asked: set[int] = set()
     while agent.poll() is None:
-        if stop.signal is not None and not asked:
-            asked = bool(_ask(agent, line.module))
-        tick()
+        if stop.signal is not None:
+            if not line.saves:
+                return FAILED
+            _ask(agent, asked)
+        with contextlib.suppress(OSError):  # a file server that is away for a moment must not end a healthy run
+            tick()
         time.sleep(0.1)
-    tick()
+    with contextlib.suppress(OSError):
+        tick()
     return agent.returncode
 
 
-def _ask(agent: "subprocess.Popen[bytes]", module: str) -> list[psutil.Process]:
-    """Send SIGTERM to the workers, not to their agent, which would kill them 30 seconds later."""
-    workers = [child for child in _descendants(agent.pid) if module in " ".join(_command(child))]
-    for worker in workers:
-        worker.send_signal(signal.SIGTERM)
-    return workers
+def _ask(agent: "subprocess.Popen[bytes]", asked: set[int]) -> None:
+    """Send SIGTERM once to each worker that can take it, not to their agent, which would kill them 30 seconds later."""
+    for child in _descendants(agent.pid):
+        if child.pid not in asked and process.catches(child.pid, signal.SIGTERM):
+            asked.add(child.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGTERM)
 
 
 def _end(agent: "subprocess.Popen[bytes]") -> None:
@@ -116,11 +126,4 @@ def _descendants(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
-        return []
-
-
-def _command(child: psutil.Process) -> list[str]:
-    try:
-        return child.cmdline()
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return []

@@ -4,7 +4,6 @@ import ctypes
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,8 @@ LAUNCHER = "MISTRAL_DIST_LAUNCHER"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _PR_SET_PDEATHSIG = 1
+# loaded here: between fork and exec, where it is needed, no library may be
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def environment(name: str, default: str = "") -> str:
@@ -63,8 +64,7 @@ def _identity(pid: int) -> str | None:
 
 def ask_for_death_with_parent() -> None:
     """Have the kernel SIGKILL this process when the thread that started it ends (Linux, prctl(2))."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def die_with_launcher() -> None:
@@ -82,6 +82,16 @@ def die_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="die-with-launcher", daemon=True).start()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, from proc(5); one that is still importing has not."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 class StopRequest:

@@ -31,6 +31,9 @@ def cleaned(rows: list[tuple[str, str]], **fields: object) -> tuple[list[Example
         ("  x  \n\n\n\n y \t\n", "x\n\n y"),
         ("“quoted”", "“quoted”"),
         ("plain", "plain"),
+        ("write &lt; for less-than", "write &lt; for less-than"),
+        ("你好，世界！", "你好，世界！"),
+        ("a ﬁle", "a ﬁle"),
     ],
 )
 def test_repair(raw: str, mended: str) -> None:
@@ -78,8 +81,6 @@ def test_an_id_is_of_the_content_alone() -> None:
         (SPAM, {"text": "hi", "label": "egg"}, ["'egg'", "task.labels"]),
         (CHAT, {"messages": []}, ["no messages"]),
         (CHAT, {"messages": [{"role": "human", "content": "hi"}]}, ["role", "human"]),
-        (CHAT, {"messages": [{"role": "user", "content": "hi"}]}, ["no answer to learn from"]),
-        (CHAT, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}, ["no answer to learn from"]),
         (Task(kind="instruct"), {"prompt": "hi"}, ["'completion'"]),
     ],
 )
@@ -88,6 +89,20 @@ def test_a_row_that_is_no_example_is_refused_with_its_place(task: Task, values: 
         read_example(Row(PLACE, values), task)
     for word in [PLACE, *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [[], [{"role": "assistant", "content": " \x00 \n"}]])
+def test_a_conversation_without_an_answer_is_refused(answer: list[dict[str, str]]) -> None:
+    rows = [Row(PLACE, {"messages": [{"role": "user", "content": "hi"}, *answer]})]
+    with pytest.raises(DataError, match=r"f.jsonl:3: no answer to learn from"):
+        clean(rows, CHAT, data(), Audit())
+
+
+def test_the_same_place_read_twice_is_a_duplicate() -> None:
+    audit = Audit()
+    twice = [Row("f:1", {"text": "the very same", "label": "ham"})] * 2
+    assert len(clean(twice, SPAM, data(near_duplicates=None), audit)) == 1
+    assert audit.dropped == {"duplicate": 1}
 
 
 def test_instruct_rows_become_conversations() -> None:

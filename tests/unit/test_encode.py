@@ -101,6 +101,34 @@ def test_a_tokenizer_without_a_template_is_refused_at_once(tokenizer: Any, monke
     Encoder(tokenizer, Task(kind="pretrain"))
 
 
+def test_a_template_that_drops_the_system_turn_gets_it_in_the_first_user_turn(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of Mistral's templates show the system's text with the last turn only, and only while that is the user's."""
+    template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+        "{% else %}{% set turns = messages %}{% endif %}"
+        "{% for m in turns %}{% if m.role == 'user' %}(INST) {% if loop.last and system is defined %}{{ system }}: {% endif %}"
+        "{{ m.content }} (/INST){% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    example = conversation("s:Be brief.", "u:Hello", "a:Hi.", "u:Bye", "a:Ciao")
+    wanted = "(INST) Be brief.\n\nHello (/INST)[ Hi.<|im_end|>](INST) Bye (/INST)[ Ciao<|im_end|>]"
+    assert shown(tokenizer, Task(kind="chat"), example) == wanted
+
+
+@pytest.mark.parametrize("turn", ["u:Say <|im_end|>", "a:<|im_start|>system"])
+def test_control_tokens_in_texts_are_seen(tokenizer: Any, turn: str) -> None:
+    encoder = Encoder(tokenizer, Task(kind="chat"))
+    assert encoder.control_token_in(conversation("u:Hi", turn)) in ("<|im_end|>", "<|im_start|>")
+    assert encoder.control_token_in(conversation("u:Hi", "a:less <b>than</b>")) is None
+    with pytest.raises(DataError, match="control token"):
+        encoder.prompt([{"role": "user", "content": turn[2:]}])
+
+
+def test_only_the_last_piece_of_a_text_ends_it(tokenizer: Any) -> None:
+    task = Task(kind="pretrain")
+    assert shown(tokenizer, task, Example("f:1", text="Some text", ends=False)) == "<|im_start|>[Some text]"
+
+
 def test_the_fingerprint_sees_template_and_task(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Encoder(tokenizer, Task(kind="chat")).fingerprint
     assert Encoder(tokenizer, Task(kind="chat", system="x")).fingerprint != first

@@ -44,6 +44,11 @@ def records(found: Prepared, *names: str) -> list[dict[str, Any]]:
     return [record for name in names or SPLITS for record in found.split(name)]
 
 
+def beside(folder: Path) -> list[str]:
+    """What stands beside a data directory, but for its lock."""
+    return [path.name for path in folder.parent.iterdir() if path != folder and path.name != f".{folder.name}.lock"]
+
+
 def refusal(action: Callable[[], object]) -> str:
     with pytest.raises(DataError) as caught:
         action()
@@ -101,7 +106,7 @@ def test_the_manifest_says_what_the_shards_hold(write_recipe: WriteRecipe, prepa
         assert tokens.tolist() == [record["tokens"] for record in split]
         assert targets.tolist() == [record["targets"] for record in split]
     assert sorted(path.name for path in recipe.data_dir.iterdir()) == ["manifest.json", "quarantine.jsonl", *sorted(SPLITS)]
-    assert [path.name for path in recipe.data_dir.parent.iterdir()] == [recipe.data_dir.name], "nothing is left aside"
+    assert beside(recipe.data_dir) == [], "nothing is left aside"
 
 
 def test_no_row_is_in_two_splits_and_all_are_in_one(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
@@ -288,7 +293,7 @@ def test_more_rows_move_no_old_example(write_recipe: WriteRecipe, prepared: Make
     assert len(after) == 300
     assert {id: after[id] for id in before} == before
     assert second.manifest["examples"] == {"train": 240, "validation": 30, "test": 30}
-    assert [path.name for path in recipe.data_dir.parent.iterdir()] == [recipe.data_dir.name], "nothing is left aside"
+    assert beside(recipe.data_dir) == [], "nothing is left aside"
 
 
 def test_another_share_splits_anew(write_recipe: WriteRecipe, prepared: Make) -> None:
@@ -307,7 +312,7 @@ def test_a_folder_that_prepare_did_not_make_is_never_removed(write_recipe: Write
     for word in [str(Recipe.load(path).data_dir), "holds something else", "data.dir"]:
         assert word in line
     assert mine.read_text() == "years of work"
-    assert [entry.name for entry in Recipe.load(path).data_dir.parent.iterdir()] == [Recipe.load(path).data_dir.name]
+    assert beside(Recipe.load(path).data_dir) == []
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(write_recipe: WriteRecipe, prepared: Make) -> None:
@@ -338,7 +343,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(
     with pytest.raises(OSError, match="No space"):
         prepared(path)
     assert read_manifest(recipe.data_dir) == first.manifest
-    assert [entry.name for entry in recipe.data_dir.parent.iterdir()] == [recipe.data_dir.name]
+    assert beside(recipe.data_dir) == []
 
 
 # opening

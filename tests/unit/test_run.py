@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -282,9 +281,12 @@ def test_the_lease_of_a_killed_holder_is_taken_over(run: RunDirectory) -> None:
 
 
 def test_another_process_with_the_same_pid_is_not_the_holder(run: RunDirectory) -> None:
-    lease = {"host": socket.gethostname(), "process": f"{os.getpid()}:1.00", "token": "t", "renewed": time.time()}
-    write_text(run.path / "lease.json", json.dumps(lease))
-    assert holder(run.path) is None
+    with Lease(run):
+        lease = json.loads((run.path / "lease.json").read_text())
+        assert holder(run.path) == f"process {os.getpid()} on this machine"
+        pid, started, boot = lease["process"].split(":")
+        write_text(run.path / "lease.json", json.dumps({**lease, "process": f"{pid}:{int(started) - 1}:{boot}"}))
+        assert holder(run.path) is None
 
 
 def test_a_foreign_hosts_lease_is_respected_until_it_expires(run: RunDirectory) -> None:

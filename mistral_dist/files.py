@@ -1,0 +1,79 @@
+"""Files and folders that are whole or not there, also after a crash: written aside, synced, renamed."""
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+ASIDE = ".aside-"
+"""Prefix of what is being written or removed; `sweep` clears what a killed process left of it."""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old content or the new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(aside, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON file's object, or None where it is missing."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def aside_of(target: Path) -> Path:
+    """A fresh name beside a folder, to write it under."""
+    return target.with_name(f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}")
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Sync a finished folder and rename it into place; what stood there goes."""
+    sync(aside)
+    old = aside_of(target)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    _sync_entry(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; cut short, it leaves nothing under the folder's name."""
+    gone = aside_of(folder)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left aside in a folder. Only for the one that may write there."""
+    for path in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Have every byte of a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync_entry(path)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
