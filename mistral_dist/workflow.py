@@ -10,7 +10,7 @@ from typing import Any
 
 from mistral_dist import assets
 from mistral_dist.config import Recipe
-from mistral_dist.display import console, evaluating, following, minutes, track
+from mistral_dist.display import evaluating, following, minutes, say, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, RecipeError, TrainingError
 from mistral_dist.files import read_json
 from mistral_dist.run import RunDirectory, check_free, check_same, move_aside
@@ -37,13 +37,13 @@ def start_training(
     if fresh:
         old = move_aside(run.path)
         if old is not None:
-            console.print(f"the old run is now {old}", markup=False)
+            say(f"the old run is now {old}")
     check_free(run.path)
     status = run.status()
     if status is not None and (run.path / "recipe.yaml").is_file():
         check_same(recipe, run.recipe(), run.path)
         if status["state"] == "finished":
-            console.print(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh", markup=False)
+            say(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh")
             return FINISHED
     prepare_if_needed(recipe)
     line = training_line(recipe, words, processes=processes, zero=zero, config=config)
@@ -101,9 +101,7 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
         return prepare.prepare(recipe, encoder, track)
     prepared = prepare.open_prepared(recipe, encoder)
     if prepare.sources_changed(recipe, prepared):
-        console.print(
-            f"note: source files changed since {prepared.path} was prepared; `mistral-dist prepare` takes in what is new", markup=False
-        )
+        say(f"note: source files changed since {prepared.path} was prepared; `mistral-dist prepare` takes in what is new")
     return prepared
 
 
@@ -129,14 +127,14 @@ def training_line(
 
 
 def _announce(line: launcher.Line, run: RunDirectory) -> None:
-    console.print(f"$ {line}", soft_wrap=True, style="dim", markup=False)
-    console.print(f"log: {run.log}", soft_wrap=True, style="dim", markup=False)
+    say(f"$ {line}", "dim")
+    say(f"log: {run.log}", "dim")
 
 
 def _show_tail(log: Path) -> None:
     """The last lines of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    console.print("\n".join(f"  {line}" for line in lines[-TAIL:]), markup=False, soft_wrap=True)
+    say("\n".join(f"  {line}" for line in lines[-TAIL:]))
 
 
 def _processes(asked: int | None, gpus: int) -> int:
@@ -159,5 +157,5 @@ def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds:
         if status["exit_code"] == FAILED:
             _show_tail(run.log)
         raise TrainingError(status["message"], status["exit_code"])
-    console.print(f"{run.path}: {status['message']}, after {minutes(seconds)}", markup=False, soft_wrap=True)
+    say(f"{run.path}: {status['message']}, after {minutes(seconds)}")
     return FINISHED if status["state"] == "finished" else STOPPED

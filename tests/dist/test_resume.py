@@ -98,12 +98,6 @@ def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_kille
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with training(recipe, run, until=12) as started:
-        second = mistral_dist("train", recipe, f"run.dir={run}")
-        assert second.returncode == 2, "a second start"
-        assert "in use by process" in second.stderr
-        assert "run.dir=" in second.stderr
-        assert "Traceback" not in second.stderr
-        assert status(run)["state"] == "running", "the refused start must not touch the status"
         kill(started.pid)
         assert_nobody_left(run)
     newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

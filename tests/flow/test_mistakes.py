@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mistral_dist.run import Lease, RunDirectory
 from tests.conftest import WriteRecipe
 from tests.launch import ROOT, run_dir
 
@@ -74,6 +75,29 @@ def test_also_through_the_scripts(way: str, mistake: str, write_recipe: WriteRec
     line = refused(way, recipe)
     for word in words:
         assert word in line
+
+
+def test_a_second_start_names_the_holder(write_recipe: WriteRecipe) -> None:
+    recipe = write_recipe()
+    with Lease(RunDirectory(run_dir(recipe))):
+        line = refused("mistral-dist", recipe)
+    for word in (f"in use by process {os.getpid()} on this machine", "run.dir=..."):
+        assert word in line
+    assert not (run_dir(recipe) / "status.json").exists(), "the refused start must not touch the status"
+
+
+def test_a_deepspeed_configuration_that_would_cast_the_weights(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Found by the workers, after they started: still one line, and the right exit code."""
+    recipe = write_recipe()
+    deepspeed = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text())
+    (tmp_path / "zero2.json").write_text(json.dumps({**deepspeed, "bf16": {"enabled": True}}))
+    accelerate = (ROOT / "configs/accelerate/multi_gpu.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(accelerate.replace("configs/deepspeed/zero2.json", str(tmp_path / "zero2.json")))
+    command = ["mistral-dist", "train", str(recipe), "--config-file", str(tmp_path / "own.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "bf16 must not be enabled" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_more_processes_than_packs(write_recipe: WriteRecipe) -> None:
