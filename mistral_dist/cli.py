@@ -208,7 +208,7 @@ def _status_table(run: Any) -> Any:
 
 def main() -> None:
     """The command `mistral-dist`: exits with 0, 1, 2 or 85, never with a traceback for what the user can mend."""
-    quiet_libraries(has_gpu=Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
+    quiet_libraries()
     try:
         app()
     except OSError as error:

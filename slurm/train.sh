@@ -9,8 +9,8 @@
 # Train on all GPUs of one node, through preemption and time limits.
 #   sbatch --gres=gpu:8 --time=8:00:00 slurm/train.sh RECIPE [section.field=value ...]
 # Before, on the login node: mistral-dist fetch RECIPE && mistral-dist prepare RECIPE [the same overrides]
-# 180 seconds before the time limit, and when it is preempted, the run saves and stops (exit code 85); then this script
-# puts the job back into the queue, and the run goes on by itself. More than one node: not here yet.
+# 180 seconds before the time limit (and on preemption, where the site sends a signal first) the run saves and stops
+# (exit code 85); then this script puts the job back into the queue, and the run goes on by itself. More than one node: not here yet.
 set -uo pipefail
 if [[ $# -eq 0 || "$1" == "-h" || "$1" == "--help" ]]; then exec grep '^# ' "$0"; fi
 

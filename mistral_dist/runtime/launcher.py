@@ -53,6 +53,8 @@ class Line:
 
 def visible_gpus() -> int:
     """The number of CUDA devices that this process may use."""
+    if not process.has_gpu():
+        return 0
     import torch
 
     return torch.cuda.device_count()

@@ -31,12 +31,17 @@ def default_environment(**values: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def quiet_libraries(has_gpu: bool) -> None:
-    """Settings that the libraries below take from the environment, before they are imported."""
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA driver (Linux or WSL2), seen without importing torch."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def quiet_libraries() -> None:
+    """Settings that the libraries take from the environment when they are imported."""
     default_environment(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error")
     default_environment(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     default_environment(DS_LOG_LEVEL="error", BITSANDBYTES_NOWELCOME="1")
-    if not has_gpu:
+    if not has_gpu():
         # DeepSpeed guesses its accelerator, with a warning, unless told
         default_environment(DS_ACCELERATOR="cpu")
 
