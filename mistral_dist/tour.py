@@ -10,6 +10,7 @@ from mistral_dist.display import audit_table, console, evaluation_table, minutes
 from mistral_dist.errors import FINISHED
 from mistral_dist.files import read_json
 from mistral_dist.run import RunDirectory
+from mistral_dist.runtime.launcher import visible_gpus
 from mistral_dist.workflow import prepare_if_needed, start_evaluation, start_training
 
 
@@ -52,7 +53,9 @@ def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunD
     console.print(audit_table(prepared.manifest, prepared.path))
 
     console.rule("4  train", align="left")
-    code = start_training(recipe, [str(recipe_file), *overrides])
+    # a machine may have more GPUs than the demo's small global batch has packs
+    processes = min(visible_gpus() or 2, recipe.train.global_batch_size)
+    code = start_training(recipe, [str(recipe_file), *overrides], processes=processes)
     if code != FINISHED:
         return code
 
