@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_another_recipes_adapter_is_refused(tmp_path: Path, parameters: dict[str
 
 def test_the_manifest_says_with_what_it_was_made(tmp_path: Path) -> None:
     manifest = json.loads((save(tmp_path, 5) / "manifest.json").read_text())
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == metadata.version("torch")
     assert manifest["files"].keys() == {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
