@@ -41,6 +41,8 @@ class Runtime:
             zero = _deepspeed_config(recipe, self.world_size)
             if recipe.train.deterministic:
                 _make_deterministic()
+            if zero and not has_gpu:
+                _without_compiled_collectives()
         grouped = zero is not None or self.world_size > 1
         self.zero_stage = zero["zero_optimization"]["stage"] if zero else 0
         self._accumulation = accumulation
@@ -252,6 +254,16 @@ def _refused_in_deepspeed(config: dict[str, Any]) -> Iterator[str]:
             yield f"zero_optimization.{key}: not supported yet; remove the section (what it would move is small)"
     if zero.get("stage") not in (1, 2, 3):
         yield "zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml"
+
+
+def _without_compiled_collectives() -> None:
+    """Have DeepSpeed use gloo on the CPU, as everything else does.
+
+    It would compile shared-memory collectives of its own at its first start: that takes a compiler and half a minute.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _make_deterministic() -> None:
