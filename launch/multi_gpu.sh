@@ -3,5 +3,6 @@
 #   launch/multi_gpu.sh RECIPE [section.field=value ...]
 #   GPUS=4 ZERO=3 launch/multi_gpu.sh RECIPE               # fewer cards, another ZeRO stage
 set -euo pipefail
-if [[ $# -eq 0 || "$1" == "-h" || "$1" == "--help" ]]; then exec grep '^#' "$0"; fi
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec grep '^# ' "$0"; fi
+if [[ $# -eq 0 ]]; then grep '^# ' "$0" >&2; exit 2; fi
 exec mistral-dist train ${GPUS:+--processes "$GPUS"} ${ZERO:+--zero "$ZERO"} "$@"

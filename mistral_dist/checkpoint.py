@@ -56,7 +56,7 @@ def save(
     aside.mkdir(parents=True)
     try:
         save_adapter(aside / "adapter", adapter, adapter_config)
-        save_file(dict(moments), aside / "optimizer.safetensors")
+        _write_tensors(aside / "optimizer.safetensors", moments)
         _write_json(aside / "progress.json", {**asdict(progress), **facts})
         _write_json(aside / "manifest.json", _manifest(aside))
         publish(aside, target)
@@ -79,7 +79,7 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
     bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_tensors(folder / "adapter_model.safetensors", named)
     config.save_pretrained(str(folder))
     read = load_file(folder / "adapter_model.safetensors")
     if read.keys() != named.keys() or not all(torch.equal(read[name], named[name]) for name in named):
@@ -199,6 +199,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         "files": {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
         "versions": versions(),
     }
+
+
+def _write_tensors(file: Path, tensors: Tensors) -> None:
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    # the library leaves it to its owner alone; whoever serves the adapter must be able to read it
+    file.chmod(0o644)
 
 
 def _sha256(file: Path) -> str:

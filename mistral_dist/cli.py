@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,11 +35,13 @@ Processes = Annotated[
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if missing")]) -> None:
     """Lay out commented recipes, configs, launch and SLURM scripts to start from."""
     from mistral_dist import assets
-    from mistral_dist.display import console
+    from mistral_dist.display import say
 
     files = assets.lay_out(folder)
-    console.print(f"{len(files)} files in {folder}. Next: edit {folder}/configs/recipes/mistral7b_chat.yaml, then, in {folder},")
-    console.print("  mistral-dist fetch configs/recipes/mistral7b_chat.yaml\n  mistral-dist train configs/recipes/mistral7b_chat.yaml")
+    recipe = "configs/recipes/mistral7b_chat.yaml"
+    say(f"{len(files)} files in {folder}. Next, there: set data.sources in {recipe} (or another one) to your data, and")
+    for verb in ("fetch", "prepare", "train"):
+        say(f"  mistral-dist {verb} {recipe}")
 
 
 @app.command(epilog="Example: `mistral-dist fetch configs/recipes/mistral7b_chat.yaml`")
@@ -84,12 +87,14 @@ def train(
 ) -> None:
     """Train, or go on from the last good checkpoint, on all visible GPUs; prepares the data if needed."""
     from mistral_dist.config import Recipe
+    from mistral_dist.run import discard
     from mistral_dist.workflow import start_training
 
     words = list(overrides or [])
     if debug:
         words += ["train.steps=20", f"run.dir={Recipe.load(recipe_file, words).run_dir}-debug"]
-        processes, zero, fresh = 1, 0, True
+        processes, zero = 1, 0
+        discard(Recipe.load(recipe_file, words).run_dir)
     recipe = Recipe.load(recipe_file, words)
     code = start_training(recipe, [str(recipe_file), *words], processes=processes, zero=zero, config=config_file, fresh=fresh)
     raise typer.Exit(code)
@@ -115,7 +120,8 @@ def chat(
 ) -> None:
     """Ask the tuned model in the terminal; a classifier answers with probabilities, beside the base's."""
     from mistral_dist.chat import Chat
-    from mistral_dist.display import console
+    from mistral_dist.display import console, say
+    from mistral_dist.errors import DataError
     from mistral_dist.evaluate import recipe_of
     from mistral_dist.run import RunDirectory
 
@@ -125,20 +131,28 @@ def chat(
         session = Chat(recipe, run)
     turns: list[dict[str, str]] = []
     for text in [message] if message is not None else iter(_ask, None):
-        if recipe.task.kind == "classification":
-            console.print(_probabilities(session.classify(text)))
-        else:
-            turns.append({"role": "user", "content": text})
-            turns.append({"role": "assistant", "content": session.reply(turns, session.printer())})
+        try:
+            if recipe.task.kind == "classification":
+                console.print(_probabilities(session.classify(text)))
+            else:
+                answer = session.reply([*turns, {"role": "user", "content": text}], session.printer())
+                turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        except DataError as error:
+            if message is not None:
+                raise
+            say(str(error))
 
 
 @app.command(epilog="Examples: `mistral-dist status runs/demo`; `mistral-dist status runs/demo --follow`")
 def status(run_folder: RunFolder, follow: Annotated[bool, typer.Option("--follow", help="Until it ends")] = False) -> None:
     """Say how a run stands."""
-    from mistral_dist.display import console, following
+    from mistral_dist.display import console, following, say
     from mistral_dist.run import RunDirectory, holder
 
     run = RunDirectory(run_folder)
+    if run.log.is_file() and not (run.path / "recipe.yaml").is_file():
+        say(f"{run.path}: starting; its workers are not there yet (log: {run.log})")
+        return
     run.recipe()
     if follow:
         with following(run) as tick:
@@ -179,6 +193,7 @@ def _ask() -> str | None:
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):
+        print()
         return None
 
 
@@ -197,18 +212,22 @@ def _status_table(run: Any) -> Any:
     from mistral_dist.run import holder
 
     state, last = run.status() or {"state": "never started", "message": ""}, run.recent_metrics(1)
+    writer = holder(run.path)
+    if state["state"] == "running" and writer is None:
+        state = {**state, "state": "interrupted", "message": "ended without a word; run the same command to go on"}
     rows = [("run", run.path), ("state", state["state"]), ("message", state["message"])]
     if state.get("steps"):
         rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
     if last:
         rows.append(("loss", f"{last[0]['loss']:.4f} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
-    rows.append(("writer", holder(run.path) or "none"))
+    rows.append(("writer", writer or "none"))
     return facts(rows)
 
 
 def main() -> None:
     """The command `mistral-dist`: exits with 0, 1, 2 or 85, never with a traceback for what the user can mend."""
     quiet_libraries()
+    warnings.simplefilter("ignore", FutureWarning)  # between the libraries; nothing a user could do about
     try:
         app()
     except OSError as error:

@@ -130,13 +130,14 @@ def _first_by_hash(label: str) -> list[dict[str, str]]:
 
 def _docstrings(label: str) -> Iterator[dict[str, str]]:
     """First paragraphs of public classes, functions and methods of a library; each object once, under its first name."""
-    seen: set[int] = set()
+    # the objects themselves, not their ids: an id is given again when its object has gone, as those of bound methods do
+    seen: dict[int, Any] = {}
     for module in _modules(LIBRARIES[label]):
         for name, thing in _public(module):
             for path, member in [(name, thing), *((f"{name}.{n}", m) for n, m in _public(thing) if inspect.isclass(thing))]:
                 if id(member) in seen:
                     continue
-                seen.add(id(member))
+                seen[id(member)] = member
                 text = _first_paragraph(member, label)
                 if text is not None:
                     yield {"text": text, "label": label, "source": f"{module.__name__}.{path}"}

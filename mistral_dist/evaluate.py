@@ -222,7 +222,7 @@ def main(words: list[str]) -> int:
         return error.exit_code
 
 
-CHOICES = ("evaluate.", "model.path=", "model.attention=")
+CHOICES = ("evaluate.max_tokens=", "evaluate.bootstrap_samples=", "model.path=")
 """Overrides that an evaluation or a chat may be given: they do not say what was trained."""
 
 
@@ -233,7 +233,7 @@ def recipe_of(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
         raise RunError(f"{run.path}: no adapter yet; finish the training with `mistral-dist train` first")
     for word in overrides:
         if not word.startswith(CHOICES):
-            raise RunError(f"{word}: is part of what was trained; here only {', '.join(CHOICES)}... can be chosen")
+            raise RunError(f"{word}: is part of what was trained; here only {' '.join(CHOICES).replace('=', '')} can be chosen")
     return Recipe.load(run.path / "recipe.yaml", overrides)
 
 

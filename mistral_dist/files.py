@@ -7,6 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from mistral_dist.errors import RunError
+
 ASIDE = ".aside-"
 """Prefix of what is being written or removed; `sweep` clears what a killed process left of it."""
 
@@ -26,11 +28,16 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON file's object, or None where it is missing."""
+    """A JSON file's object, or None where it is missing. Raises RunError where it is no JSON object."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: is damaged (no JSON object in it); remove it")
+    return content
 
 
 def aside_of(target: Path) -> Path:

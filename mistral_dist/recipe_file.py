@@ -21,6 +21,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -33,18 +35,27 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's tree, and the line of each dotted key."""
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe; `mistral-dist init DIR` lays out commented ones")
+        what = "is a folder, not a recipe" if path.is_dir() else "no such recipe"
+        raise RecipeError(f"{path}: {what}; `mistral-dist init DIR` lays out commented ones")
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, _Loader)
         node = yaml.compose(text, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        lines = dict(_key_lines(node))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not a recipe: a section holds itself (an alias inside its own anchor)") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        tab = "; indent with blanks, not tabs" if "\\t" in reason else ""
+        raise RecipeError(f"{place}: not valid YAML: {reason}{tab}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (version, task, data, model, ...), not {type(tree).__name__}")
-    return tree, dict(_key_lines(node))
+        found = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (version, task, data, model, ...), this is {found}")
+    return tree, lines
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -172,8 +183,10 @@ def explain(error: ValidationError, path: Path, lines: Mapping[str, int], overri
         parts.pop()
     key = ".".join(parts)
     line = next((lines[k] for k in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if k in lines), None)
-    place = f"override {key}" if key in overrides else f"{path}:{line}" if line else str(path)
-    more = f" ({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''} after this)" if len(problems) > 1 else ""
+    place = "override" if key in overrides else f"{path}:{line}" if line else str(path)
+    # one mistake often makes several problems in its section; other sections' are others
+    others = len({p["loc"][:1] for p in problems} - {first["loc"][:1]})
+    more = f" (and {others} more section{'s have' if others > 1 else ' has'} a problem)" if others else ""
     return f"{place}: {_problem(first, key, known)}{more}"
 
 
@@ -184,6 +197,17 @@ def _problem(problem: Any, key: str, known: list[str]) -> str:
     if kind == "missing":
         return f"{key}: this field is required; add it"
     if kind == "value_error":
-        return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    expected = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {expected}, but it is {value!r}"
+        text = str(problem["ctx"]["error"])
+        return f"{key}.{text}" if re.match(r"\w+: ", text) else f"{key}: {text}"
+    expected = EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
+    quote = f'; quote it: "{value}"' if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
+    return f"{key}: {expected}, but it is {value!r}{quote}"
+
+
+EXPECTED = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a section of its own (key: value)",
+    "model_attributes_type": "must be a section of its own (key: value)",
+    "dict_type": "must be a mapping (key: value)",
+}
+"""pydantic's words for these speak of Python."""

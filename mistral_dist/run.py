@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from mistral_dist.config import Recipe, changed_fields
 from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.files import read_json, write_text
+from mistral_dist.files import read_json, remove, write_text
 from mistral_dist.runtime import process
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -140,7 +140,7 @@ class Lease:
             found = read_json(self._file)
             check_free(self._file.parent)
             if found is not None:
-                self._remove(found["token"])
+                self._remove(found.get("token"))
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
         return self
 
@@ -150,7 +150,9 @@ class Lease:
             self._file.unlink(missing_ok=True)
 
     def _content(self) -> str:
-        return json.dumps({"host": _host(), "process": process.identity(), "token": self._token, "renewed": time.time()})
+        started_by = process.environment(process.LAUNCHER) or process.identity()
+        holder = {"host": _host(), "process": process.identity(), "started_by": started_by}
+        return json.dumps({**holder, "token": self._token, "renewed": time.time()})
 
     def _try(self) -> bool:
         aside = self._file.with_name(f".lease-{self._token}")
@@ -163,7 +165,7 @@ class Lease:
         finally:
             aside.unlink()
 
-    def _remove(self, token: str) -> None:
+    def _remove(self, token: Any) -> None:
         """Remove a dead holder's file, but not that of another who has taken over from it in the meantime."""
         grave = self._file.with_name(f".lease-old-{self._token}")
         try:
@@ -193,7 +195,10 @@ def holder(path: Path) -> str | None:
     lease = read_json(path / "lease.json")
     if lease is None:
         return None
-    pid = str(lease["process"]).partition(":")[0]
+    if not {"host", "process", "renewed"} <= lease.keys():
+        return None
+    # the command that a person started, which is not the worker that writes
+    pid = str(lease.get("started_by", lease["process"])).partition(":")[0]
     if lease["host"] == _host():
         return f"process {pid} on this machine" if process.is_alive(lease["process"]) else None
     age = time.time() - lease["renewed"]
@@ -210,6 +215,13 @@ def check_free(path: Path) -> None:
     who = holder(path)
     if who is not None:
         raise RunError(f"{path}: in use by {who}; wait for it, stop it, or start another run with run.dir=...")
+
+
+def discard(path: Path) -> None:
+    """Remove a run that nobody will miss, of the debug mode; nothing else."""
+    check_free(path)
+    if (path / "recipe.yaml").is_file():
+        remove(path)
 
 
 def move_aside(path: Path) -> Path | None:

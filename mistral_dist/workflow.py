@@ -34,12 +34,10 @@ def start_training(
     `words` are the recipe's path and the overrides, as the workers will read them.
     """
     run = RunDirectory(recipe.run_dir)
-    if fresh:
-        old = move_aside(run.path)
-        if old is not None:
-            say(f"the old run is now {old}")
+    if config is not None and not config.is_file():
+        raise RecipeError(f"--config-file {config}: no such file; configs/accelerate/ has some to start from")
     check_free(run.path)
-    status = run.status()
+    status = None if fresh else run.status()
     if status is not None and (run.path / "recipe.yaml").is_file():
         check_same(recipe, run.recipe(), run.path)
         if status["state"] == "finished":
@@ -47,6 +45,10 @@ def start_training(
             return FINISHED
     prepare_if_needed(recipe)
     line = training_line(recipe, words, processes=processes, zero=zero, config=config)
+    if fresh:  # only now, when nothing speaks against the new run
+        old = move_aside(run.path)
+        if old is not None:
+            say(f"the old run is now {old}")
     _announce(line, run)
     started = time.monotonic()
     with following(run) as tick:

@@ -12,7 +12,8 @@
 # 180 seconds before the time limit (and on preemption, where the site sends a signal first) the run saves and stops
 # (exit code 85); then this script puts the job back into the queue, and the run goes on by itself. More than one node: not here yet.
 set -uo pipefail
-if [[ $# -eq 0 || "$1" == "-h" || "$1" == "--help" ]]; then exec grep '^# ' "$0"; fi
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
+if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
 # bash runs a trap only while it waits, so the run is in the background
 mistral-dist train "$@" &

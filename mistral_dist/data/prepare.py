@@ -239,7 +239,8 @@ def _refuse_empty(recipe: Recipe, records: Mapping[str, Sequence[Any]], audit: A
     wanted = {"validation": recipe.data.validation_fraction, "test": recipe.data.test_fraction}
     for name in SPLITS:
         if not records[name] and (name == TRAIN or wanted[name] > 0):
-            kept, dropped = sum(map(len, records.values())), dict(audit.dropped)
+            kept = sum(map(len, records.values()))
+            dropped = ", ".join(f"{count} {reason}" for reason, count in audit.dropped.items()) or "none"
             remedy = "add data" if name == TRAIN else f"add data or set data.{name}_fraction=0"
             raise DataError(f"data: the {name} split is empty: {audit.rows} rows read, {kept} kept, dropped {dropped}; {remedy}")
 

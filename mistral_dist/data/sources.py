@@ -138,6 +138,9 @@ def _json(file: Path) -> Iterator[Row]:
     return _library("json", str(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
 
 
+# a cell may be as long as a document; the library's own limit is 128 KB
+csv.field_size_limit(2**31 - 1)
+
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json,

@@ -1,6 +1,7 @@
 """This process: environment variables, stop signals, and death with its launcher."""
 
 import ctypes
+import logging
 import os
 import resource
 import signal
@@ -39,6 +40,8 @@ def has_gpu() -> bool:
 def quiet_libraries() -> None:
     """Settings that the libraries take from the environment when they are imported."""
     default_environment(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error")
+    # it asks for a package that only its evaluation on some CPUs would use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     default_environment(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     default_environment(DS_LOG_LEVEL="error", BITSANDBYTES_NOWELCOME="1")
     if not has_gpu():
@@ -114,6 +117,9 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopRequest):
+                outer.signal = outer.signal or self.signal
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)

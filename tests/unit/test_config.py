@@ -81,9 +81,13 @@ def test_a_recipe_is_frozen(recipe: Callable[[str], Path]) -> None:
         ("labels: [a, b]", "labels: [a]", ["r.yaml:3", "task.labels", "two or more"]),
         ("kind: classification", "kind: classify", ["r.yaml:3", "task.kind", "'classification'", "'classify'"]),
         ("kind: classification", "kind: chat", ["r.yaml:3", "task.labels", "remove them"]),
-        ("- path: x.jsonl", "- {}", ["r.yaml:6", "data.sources.0", "either path", "or name"]),
+        ("- path: x.jsonl", "- {}", ["r.yaml:6", "data.sources.0: give either path", "or name"]),
         ("version: 1", "version: 2", ["r.yaml:2", "version", "input should be 1", "2"]),
         ("version: 1\n", "", ["r.yaml", "version", "required"]),
+        ("labels: [a, b]", "labels: [yes, b]", ["r.yaml:3", "task.labels.0", 'quote it: "True"']),
+        ("optim:\n  learning_rate: 2e-4", "optim: [1]", ["r.yaml:9", "optim: must be a section of its own"]),
+        ("learning_rate: 2e-4", "learning_rate: .inf", ["r.yaml:10", "finite number"]),
+        ("name: org/model", "? [a]\n  : b", ["r.yaml:8", "a key must be a word"]),
         ("sources:", "source:", ["r.yaml:5", "did you mean data.sources?"]),
         ("name: org/model", "name: [", ["r.yaml:", "not valid YAML"]),
     ],
@@ -100,8 +104,8 @@ def test_a_mistake_is_one_line_with_place_and_remedy(recipe: Callable[[str], Pat
     [
         ("optim.learning_rate", ["looks like section.field=value"]),
         ("lr=1", ["looks like section.field=value"]),
-        ("optim.lr=1", ["override optim.lr", "here it is optim.learning_rate"]),
-        ("train.steps=many", ["override train.steps", "valid integer", "'many'"]),
+        ("optim.lr=1", ["override: optim.lr", "here it is optim.learning_rate"]),
+        ("train.steps=many", ["override: train.steps", "valid integer", "'many'"]),
         ("version.x=1", ["override version.x", "not a section"]),
         ("train.steps=[", ["not valid YAML"]),
     ],
@@ -110,6 +114,22 @@ def test_a_wrong_override_says_so(recipe: Callable[[str], Path], override: str, 
     message = refusal(recipe(GOOD), override)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "this is empty"),
+        (b"- a\n- b\n", "this is a list"),
+        (b"version: 1\ntask: &t {x: *t}\n", "a section holds itself"),
+        (b"version: \xff\n", "not UTF-8"),
+        (b"version: 1\x00\n", "not valid YAML"),
+        (b"task:\n\tkind: chat\n", "indent with blanks, not tabs"),
+    ],
+)
+def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    assert words in refusal(tmp_path / "r.yaml")
 
 
 def test_a_missing_recipe_names_the_way_to_one(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_an_empty_split_is_refused_with_its_name_and_the_remedy(
 def test_a_train_split_of_nothing_says_what_became_of_the_rows(write_recipe: WriteRecipe, prepared: Make) -> None:
     path = write_recipe(rows=[{"text": "", "label": "numpy"}, {"text": " ", "label": "torch"}])
     line = refusal(lambda: prepared(path))
-    for word in ["the train split is empty", "2 rows read, 0 kept", "'too_short': 2"]:
+    for word in ["the train split is empty", "2 rows read, 0 kept", "dropped 2 too_short"]:
         assert word in line
 
 
