@@ -58,47 +58,79 @@ class Task(Section):
 
 
 class Source(Section):
-    """One place that rows come from: a local file or folder, or a data set of the hub."""
+    """One place that rows come from: files, here or remote, or a data set of the hub."""
 
     path: str | None = None
-    """A file (.jsonl, .json, .csv, .parquet, .txt, .md; also .gz) or a folder of such files."""
+    """A file (.jsonl, .json, .csv, .parquet, .txt, .md; also .gz, .zst), a folder or a pattern of such files, or a URL
+    (https://..., s3://..., hf://...)."""
     name: str | None = None
     """A data set on the Hugging Face hub."""
     subset: str | None = None
     """The hub data set's configuration."""
     split: str = "train"
-    """The hub data set's split to read; the 80/10/10 split is made afterwards."""
+    """The hub data set's split to read."""
+    streaming: bool = False
+    """Hub: read over the network while preparing, instead of downloading first with `mistral-dist fetch`."""
+    into: Literal["train", "validation", "test"] | None = None
+    """A split of your own: all its rows go there, and are checked against the others. null: divided by the fractions."""
+    weight: Positive = 1.0
+    """How often an epoch shows each of its train examples: 2 twice, 0.5 every other epoch."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text_label", "text"] = "auto"
+    """What a row looks like; auto tells it from the columns of each row."""
     columns: dict[str, str] = {}
     """Our column -> the source's column, where they differ, e.g. {text: review, label: stars}."""
+    group: str | None = None
+    """A column of the source: rows with the same value (a patient, an author, a document) stay in one split."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.path is None) == (self.name is None):
-            raise ValueError("give either path (a file or folder) or name (a hub data set)")
+            raise ValueError("give either path (files, a folder, a URL) or name (a hub data set)")
         return self
 
 
 class Data(Section):
-    """From raw files to prepared examples."""
+    """From raw files to examples."""
 
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
     """Where rows come from; all are read, in this order."""
+    benchmarks: Annotated[tuple[Source, ...], Field(strict=False)] = ()
+    """What the model will be measured on elsewhere: a train example that shares a run of 13 words with it is dropped."""
     dir: str | None = None
     """Where the prepared data go. Default: data/<name of the recipe>."""
     max_length: Count = 2048
     """Capacity of a pack, in tokens; also the longest example that is kept whole."""
-    overlong: Literal["drop", "error"] = "drop"
-    """What happens to an example longer than max_length: dropped and counted, or refused. (pretrain: cut into pieces.)"""
+    overlong: Literal["drop", "shorten", "error"] = "drop"
+    """An example longer than max_length is dropped and counted; or loses its oldest turns, then the end of its question,
+    never an answer; or is refused. (pretrain: cut into pieces, always.)"""
+    html: bool = False
+    """Texts are HTML: keep what a reader would see."""
     min_characters: Annotated[int, Field(ge=0)] = 1
     """Shorter texts are dropped and counted."""
+    max_characters: Count = 1_000_000
+    """Longer texts are dropped and counted, before they cost time."""
+    bad_rows: Fraction = 0.05
+    """The share of rows that may be unreadable or no example: they are counted and kept in quarantine.jsonl; above it
+    `prepare` stops and says what is wrong."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.8
-    """Texts whose estimated Jaccard similarity of word 5-grams is at least this are one text; null keeps them all."""
+    """Texts whose Jaccard similarity of word 5-grams is at least this say the same; null: only equal texts do."""
+    near_duplicate_policy: Literal["drop", "keep_together"] = "drop"
+    """Of texts that say the same the first stays; or all stay, in one split."""
     validation_fraction: Fraction = 0.1
     """Share of the examples held out for validation."""
     test_fraction: Fraction = 0.1
     """Share of the examples held out for the final test."""
+    stratify: Literal["auto", "label", "source", "none"] = "auto"
+    """What has the same shares in each split; auto: the label, and where there is none, the source."""
     seed: Seed = 0
     """Seed of the split. The order in training has its own: train.seed."""
+    streaming: bool = False
+    """Train directly on sources too large to prepare: no de-duplication, no split (sources with `into: validation` or
+    `into: test` are prepared); needs train.steps."""
+    block: Count = 1024
+    """Streaming: rows that are shuffled and packed together."""
+    workers: Count | None = None
+    """Processes that `prepare` uses; null: one for each core. The result is the same."""
 
     @model_validator(mode="after")
     def _something_is_left_to_train_on(self) -> Self:
@@ -116,6 +148,9 @@ class Model(Section):
     """Branch, tag or commit of the base."""
     path: str | None = None
     """A folder that holds a copy of the base, used instead of the hub's cache (`~` is expanded)."""
+    chat_format: Literal["auto", "mistral", "template"] = "auto"
+    """How a conversation becomes tokens. mistral: mistral-common's rules, of the tokenizer's version; template: the
+    tokenizer's own chat template; auto: mistral where the base comes with a tokenizer of Mistral's own, else template."""
     quantization: Literal["nf4", "none"] = "nf4"
     """nf4: 4-bit NormalFloat with double quantisation (QLoRA, arXiv 2305.14314). none: LoRA on the base as it is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -218,6 +253,7 @@ class Run(Section):
 FIXED_IN_A_RUN = ("task", "data", "model", "lora", "optim", "train")
 FREE_IN_A_RUN = (
     "data.dir",
+    "data.workers",
     "model.path",
     "model.attention",
     "train.micro_batch_size",
@@ -242,6 +278,12 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _streams_have_no_end(self) -> Self:
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError("train.steps: a stream has no epochs, so data.streaming=true needs the number of steps")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
