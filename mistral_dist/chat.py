@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from mistral_dist.config import Recipe
-from mistral_dist.data.clean import Message
 from mistral_dist.data.encode import Encoder
+from mistral_dist.data.example import Message
 from mistral_dist.evaluate import MODELS, as_model, label_row, label_scores
 from mistral_dist.hub import load_tokenizer
 from mistral_dist.model import load_tuned

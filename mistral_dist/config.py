@@ -263,6 +263,11 @@ FREE_IN_A_RUN = (
 """A run goes on only under the recipe it began with; these may still change, because they change no promise."""
 
 
+CONVERSATIONS = ("messages", "sharegpt", "alpaca", "prompt_completion")
+ROWS_OF = {"classification": ("text_label",), "pretrain": ("text",), "chat": CONVERSATIONS, "instruct": CONVERSATIONS}
+"""The shapes of rows that each kind of task can be read from."""
+
+
 class Recipe(Section):
     """One run, whole."""
 
@@ -278,6 +283,15 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_task(self) -> Self:
+        fitting = ROWS_OF[self.task.kind]
+        for number, source in enumerate(self.data.sources):
+            if source.format not in ("auto", *fitting):
+                asked = f"data.sources.{number}.format: {source.format} does not fit task.kind={self.task.kind}"
+                raise ValueError(f"{asked}, which takes {', '.join(fitting)}")
+        return self
 
     @model_validator(mode="after")
     def _streams_have_no_end(self) -> Self:

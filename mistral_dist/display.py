@@ -85,18 +85,28 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 
 def audit_table(manifest: dict[str, Any], path: Path) -> Table:
-    """What `prepare` did."""
-    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items()) or "none"
-    return facts(
-        [
-            ("rows read", f"{manifest['rows']:,}"),
-            ("repaired", f"{manifest['repaired']:,}"),
-            ("dropped", dropped),
-            ("examples", ", ".join(f"{count:,} {name}" for name, count in manifest["examples"].items())),
-            ("tokens", f"{manifest['tokens']['train']:,} in train, {manifest['targets']['train']:,} of them targets"),
-            ("in", f"{path} (manifest.json; quarantine.jsonl holds what was dropped, with the reason)"),
-        ]
-    )
+    """What `prepare` did, in short; audit.md says it at length."""
+    left_out = {**manifest["bad"], **manifest["dropped"]}
+    rows = [
+        ("rows read", f"{manifest['rows']:,}"),
+        ("left out", _counted(left_out)),
+        ("repaired", _counted(manifest["changed"])),
+        ("examples", ", ".join(f"{count:,} {name}" for name, count in manifest["examples"].items())),
+        ("tokens", f"{manifest['tokens']['train']:,} in train, {manifest['targets']['train']:,} of them targets"),
+        (
+            "leakage",
+            _counted({f"{what} on two sides": count for what, count in manifest["leakage"].items() if count}) + " between the splits",
+        ),
+    ]
+    plan = manifest.get("plan")
+    if plan is not None:
+        rows.append(("an epoch", f"{plan['steps_per_epoch']:,} steps, packs {plan['fill']:.1%} full"))
+    rows.append(("in", f"{path} (read audit.md before you pay for GPUs; quarantine.jsonl holds what was left out, and why)"))
+    return facts(rows)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()) or "none"
 
 
 def facts(rows: Iterable[tuple[str, Any]], title: str = "") -> Table:

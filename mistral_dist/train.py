@@ -12,7 +12,7 @@ import torch
 
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
-from mistral_dist.data.prepare import open_prepared
+from mistral_dist.data.prepared import open_prepared
 from mistral_dist.data.stream import Work
 from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingError
 from mistral_dist.hub import load_tokenizer

@@ -91,20 +91,20 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
     Raises DataError where there are some of another recipe: a run may still depend on them.
     """
     # these import transformers and datasets, seconds that a mistyped recipe need not wait for
-    from mistral_dist.data import prepare, sources
-    from mistral_dist.data.encode import Encoder
-    from mistral_dist.hub import load_tokenizer
+    from mistral_dist.data import prepared, sources
+    from mistral_dist.data.encode import load_encoder
+    from mistral_dist.data.prepare import prepare
 
-    sources.check(recipe.data.sources)
-    encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
-    if prepare.read_manifest(recipe.data_dir) is None:
-        return prepare.prepare(recipe, encoder, track)
-    if again and not prepare.is_current(recipe, encoder):
-        return prepare.prepare(recipe, encoder, track)
-    prepared = prepare.open_prepared(recipe, encoder)
-    if prepare.sources_changed(recipe, prepared):
-        say(f"note: source files changed since {prepared.path} was prepared; `mistral-dist prepare` takes in what is new")
-    return prepared
+    sources.check(prepared.all_sources(recipe))
+    encoder = load_encoder(recipe)
+    if prepared.read_manifest(recipe.data_dir) is None:
+        return prepare(recipe, encoder, track)
+    if again and not prepared.is_current(recipe, encoder):
+        return prepare(recipe, encoder, track)
+    found = prepared.open_prepared(recipe, encoder)
+    if prepared.sources_changed(recipe, found):
+        say(f"note: source files changed since {found.path} was prepared; `mistral-dist prepare` takes in what is new")
+    return found
 
 
 def training_line(

@@ -25,14 +25,18 @@ class Row:
     """A line of JSON as it stands in the file, or columns. CSV: cells beyond the header are under the key None."""
 
 
-class BadRow(Exception):
-    """A row that cannot be read, or is no example of the task: it goes to quarantine, and the others go on."""
+class Rejected(Exception):
+    """An example that is left out: it goes to quarantine with its reason, and the others go on."""
 
     def __init__(self, reason: str, because: str) -> None:
-        """`reason`: one word to count by, e.g. not_json; `because`: what is wrong, and the remedy."""
-        super().__init__(f"{reason}: {because}")
+        """`reason`: one word to count by, e.g. too_short; `because`: what about it, and the remedy where there is one."""
+        super().__init__(reason, because)  # both, so that it can cross to another process
         self.reason = reason
         self.because = because
+
+
+class BadRow(Rejected):
+    """A row that cannot be read, or is no example of the task; too many of them stop `prepare`."""
 
 
 @dataclass(frozen=True, slots=True)

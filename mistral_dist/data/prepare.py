@@ -1,98 +1,103 @@
 """Sources -> a data directory that training reads memory-mapped, at any position.
 
-    data/<name>/
-      train/ validation/ test/   Arrow shards: id, document, place, text, label, messages, ends, tokens, targets
-      quarantine.jsonl           every row that was dropped: place, reason, what it collided with
-      manifest.json              counts that add up, what went in, fingerprints
+    rows ─► documents ─► spool ─► sift ─► shards
+            on all cores           on a few columns
 
-The directory is written aside and renamed, so that a prepared directory is whole or is not there. `tokens` and `targets`
-are the lengths under the recipe's tokenizer and template; with them the order of training needs no text. For now the
-examples are held in memory while they are prepared.
+The rows stream through; what stays in memory is some 600 bytes a document. The directory is written aside and renamed,
+so that a prepared directory is whole or is not there.
 """
 
 import fcntl
+import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data import sources
-from mistral_dist.data.clean import Audit, Example, clean
-from mistral_dist.data.encode import Encoded, Encoder
-from mistral_dist.data.split import SPLITS, TRAIN, split
+from mistral_dist.data.audit import Audit, shape, written
+from mistral_dist.data.duplicates import Benchmark
+from mistral_dist.data.encode import Encoder
+from mistral_dist.data.example import Rejected, from_record
+from mistral_dist.data.prepared import (
+    FORMAT,
+    Prepared,
+    all_sources,
+    assigned,
+    key,
+    read_manifest,
+    split_rule,
+    write_assignments,
+)  # fmt: skip
+from mistral_dist.data.rows import benchmark_texts
+from mistral_dist.data.shards import Spool, Writer
+from mistral_dist.data.sift import DROPPED, Documents, Known, Sifted, sift
+from mistral_dist.data.split import SPLITS, TRAIN
+from mistral_dist.data.workers import Cleaned, Cleaner, clean_all, entry
 from mistral_dist.errors import DataError
-from mistral_dist.files import ASIDE, aside_of, publish, read_json
+from mistral_dist.files import ASIDE, aside_of, publish, write_text
 
-FORMAT = 1
-"""Of the data directory; a new one is prepared again."""
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable to show progress under a description."""
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "document": datasets.Value("string"),
-        "place": datasets.Value("string"),
-        "text": datasets.Value("string"),
-        "label": datasets.Value("string"),
-        "ends": datasets.Value("bool"),
-        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-        "tokens": datasets.Value("int32"),
-        "targets": datasets.Value("int32"),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A data directory that fits the recipe."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the examples, their order in the shards, or their encoding change."""
-        return str(self.manifest["fingerprint"])
-
-    def split(self, name: str) -> datasets.Dataset:
-        """One split, memory-mapped."""
-        if not self.manifest["examples"][name]:  # `datasets` writes such a one, but cannot read it
-            return datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
-        return datasets.load_from_disk(str(self.path / name))
-
-    def lengths(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, targets) of each example of a split, int32 [examples]."""
-        table = self.split(name).data
-        return table.column("tokens").to_numpy(), table.column("targets").to_numpy()
-
 
 def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what: items) -> Prepared:
-    """Read, clean, split, measure and write; earlier assignments to splits in the same directory are kept.
+    """Read, clean, sift, split and write; earlier assignments to splits in the same directory are kept.
 
-    Raises DataError for a missing or unreadable source, a row that is no example, or an empty split.
+    Raises DataError for a missing or unreadable source, too many bad rows, or an empty split.
     """
-    sources.check(recipe.data.sources)
-    _refuse_foreign(recipe.data_dir)
-    data = recipe.data
-    with _alone(recipe.data_dir):
-        seen = sources.state(data.sources)
-        audit = Audit()
-        examples = clean(track(sources.read(data.sources), "reading and cleaning"), recipe.task, data, audit)
-        where = split(examples, data.validation_fraction, data.test_fraction, data.seed, _assigned(recipe))
-        measured = list(_measured(track(examples, "measuring tokens"), recipe, encoder, audit))
-        records = {name: [record for record in measured if where[record["document"]] == name] for name in SPLITS}
-        _refuse_empty(recipe, records, audit)
-        return _write(recipe, encoder, audit, records, seen)
+    target = recipe.data_dir
+    sources.check(all_sources(recipe))
+    _refuse_foreign(target)
+    with _alone(target):
+        aside = aside_of(target)
+        aside.mkdir(parents=True)
+        try:
+            manifest = _make(recipe, encoder, aside, track)
+            _refuse_foreign(target)
+            publish(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        _kept_quarantine(target).unlink(missing_ok=True)
+    return Prepared(target, manifest)
+
+
+def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[str, Any]:
+    """Write a data directory into `folder`; return its manifest."""
+    seen = sources.state(all_sources(recipe))
+    audit = Audit(folder / "quarantine.jsonl")
+    spool = Spool(folder / "spool.arrow")
+    try:
+        gathered = _gather(recipe, encoder, audit, spool, track)
+        known = assigned(recipe)
+        sifted = sift(gathered.documents, recipe.data, known)
+        for document, reason, because in sifted.dropped:
+            audit.drop(gathered.quarantined(document, Rejected(reason, because)))
+        audit.refuse_bad(recipe.data.bad_rows, _kept_quarantine(recipe.data_dir))
+        _refuse_empty(recipe, sifted, audit)
+    except DataError:
+        audit.close()
+        shutil.copyfile(folder / "quarantine.jsonl", _kept_quarantine(recipe.data_dir))
+        raise
+    audit.close()
+    facts = _write(folder, gathered, sifted, encoder.fingerprint, track)
+    (folder / "spool.arrow").unlink()
+    write_assignments(folder, _remembered(known, gathered.documents, sifted, recipe))
+    manifest = {**_counts(recipe, encoder, audit, seen, sifted), **facts}
+    written_splits = Prepared(folder, manifest)
+    manifest |= shape(recipe, {name: written_splits.lengths(name) for name in SPLITS})
+    assert audit.total == sum(manifest["documents"].values()) + sum(audit.dropped.values()) + sum(audit.bad.values())
+    write_text(folder / "audit.md", written(manifest, audit.samples, recipe))
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False))
+    return manifest
 
 
 @contextmanager
@@ -112,158 +117,9 @@ def _alone(target: Path) -> Iterator[None]:
         yield
 
 
-def open_prepared(recipe: Recipe, encoder: Encoder) -> Prepared:
-    """The recipe's data directory. Raises DataError, naming the command, where it is missing or of another recipe."""
-    manifest = read_manifest(recipe.data_dir)
-    remedy = "run `mistral-dist prepare` with this recipe and these overrides"
-    if manifest is None:
-        raise DataError(f"data.dir: {recipe.data_dir}: no prepared data there; {remedy} first")
-    if manifest["key"] != _key(recipe, encoder):
-        other = "prepared with another data or task section, tokenizer or version"
-        raise DataError(f"data.dir: {recipe.data_dir}: {other}; {remedy} to replace it, or set data.dir=... to keep both")
-    return Prepared(recipe.data_dir, manifest)
-
-
-def sources_changed(recipe: Recipe, prepared: Prepared) -> bool:
-    """Whether a local source file was added, removed or written to since the data were prepared."""
-    return bool(prepared.manifest["sources"] != sources.state(recipe.data.sources))
-
-
-def is_current(recipe: Recipe, encoder: Encoder) -> bool:
-    """Whether the recipe's data directory is what `prepare` would make of it now."""
-    manifest = read_manifest(recipe.data_dir)
-    return manifest is not None and manifest["key"] == _key(recipe, encoder) and manifest["sources"] == sources.state(recipe.data.sources)
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a data directory, or None where there is none."""
-    return read_json(path / "manifest.json")
-
-
-def example_of(record: dict[str, Any]) -> Example:
-    """The example that a record of a shard holds."""
-    messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in record["messages"])
-    return Example(record["place"], record["text"], record["label"], messages, record["ends"])
-
-
-def _key(recipe: Recipe, encoder: Encoder) -> str:
-    """What decides the content of a data directory, beside the sources themselves."""
-    data = recipe.data.model_dump(mode="json", exclude={"dir"})
-    return digest({"format": FORMAT, "task": recipe.task.model_dump(mode="json"), "data": data, "encoding": encoder.fingerprint})
-
-
-def _assigned(recipe: Recipe) -> dict[str, str]:
-    """Earlier assignments in this directory, where they were made with the same seed and shares."""
-    manifest = read_manifest(recipe.data_dir)
-    if manifest is None or manifest["split"] != _split_rule(recipe):
-        return {}
-    earlier = Prepared(recipe.data_dir, manifest)
-    return {document: name for name in SPLITS for document in earlier.split(name)["document"]}
-
-
-def _split_rule(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "seed": recipe.data.seed,
-        "validation_fraction": recipe.data.validation_fraction,
-        "test_fraction": recipe.data.test_fraction,
-    }
-
-
-def _measured(examples: Iterable[Example], recipe: Recipe, encoder: Encoder, audit: Audit) -> Iterator[dict[str, Any]]:
-    """Records with their lengths; over-long examples are cut into pieces (pretrain), dropped and counted, or refused."""
-    capacity = recipe.data.max_length
-    for example in examples:
-        token = encoder.control_token_in(example)
-        if token is not None:
-            audit.drop(example, "control_token", f"holds {token!r}, which would end a turn or begin one")
-            continue
-        if recipe.task.kind == "pretrain":
-            yield from _pieces(example, capacity, encoder)
-            continue
-        encoded = encoder.encode(example)
-        if len(encoded.ids) <= capacity:
-            yield _record(example, example.id, example.id, encoded)
-        elif recipe.data.overlong == "drop":
-            audit.drop(example, "too_long", f"{len(encoded.ids)} tokens, data.max_length is {capacity}")
-        else:
-            raise DataError(
-                f"{example.place}: {len(encoded.ids)} tokens, but data.max_length is {capacity};"
-                " raise it, shorten the example, or set data.overlong=drop"
-            )
-
-
-def _pieces(example: Example, capacity: int, encoder: Encoder) -> Iterator[dict[str, Any]]:
-    """Records of a text, cut between characters where it is longer than a pack; put together they are the text."""
-    whole = encoder.encode(example)
-    if len(whole.ids) <= capacity:
-        yield _record(example, example.id, example.id, whole)
-        return
-    texts = list(_cut(example, example.text, capacity, encoder))
-    for number, text in enumerate(texts, 1):
-        piece = replace(example, place=f"{example.place} part {number}", text=text, ends=number == len(texts))
-        yield _record(piece, f"{example.id}-{number}", example.id, encoder.encode(piece))
-
-
-def _cut(example: Example, text: str, capacity: int, encoder: Encoder) -> Iterator[str]:
-    """Parts of a text of at most `capacity` tokens each, begin and end included, and of about the same length."""
-    if len(encoder.encode(replace(example, text=text)).ids) <= capacity:
-        yield text
-        return
-    spans = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    # one character may be several tokens with the same offset: only where the offset moves is a place to cut
-    places = [start for (before, _), (start, _) in pairwise(spans) if start > before]
-    if not places:
-        raise DataError(f"{example.place}: data.max_length={capacity} does not hold a single character of it; raise data.max_length")
-    # tokenized alone, a part may have a token more than it had inside the text: two spare beside begin and end
-    parts = -(-len(spans) // max(1, capacity - 4))
-    edges = sorted({0, *(places[len(places) * part // parts] for part in range(1, parts)), len(text)})
-    for begin, end in pairwise(edges):
-        yield from _cut(example, text[begin:end], capacity, encoder)
-
-
-def _record(example: Example, name: str, document: str, encoded: Encoded) -> dict[str, Any]:
-    return {
-        "id": name,
-        "document": document,
-        "place": example.place,
-        "text": example.text,
-        "label": example.label,
-        "ends": example.ends,
-        "messages": list(example.messages),
-        "tokens": len(encoded.ids),
-        "targets": len(encoded.targets),
-    }
-
-
-def _refuse_empty(recipe: Recipe, records: Mapping[str, Sequence[Any]], audit: Audit) -> None:
-    wanted = {"validation": recipe.data.validation_fraction, "test": recipe.data.test_fraction}
-    for name in SPLITS:
-        if not records[name] and (name == TRAIN or wanted[name] > 0):
-            kept = sum(map(len, records.values()))
-            dropped = ", ".join(f"{count} {reason}" for reason, count in audit.dropped.items()) or "none"
-            remedy = "add data" if name == TRAIN else f"add data or set data.{name}_fraction=0"
-            raise DataError(f"data: the {name} split is empty: {audit.rows} rows read, {kept} kept, dropped {dropped}; {remedy}")
-
-
-def _write(
-    recipe: Recipe, encoder: Encoder, audit: Audit, records: dict[str, list[dict[str, Any]]], seen: dict[str, list[int]]
-) -> Prepared:
-    target = recipe.data_dir
-    aside = aside_of(target)
-    aside.mkdir(parents=True)
-    try:
-        for name in SPLITS:
-            columns = {column: [record[column] for record in records[name]] for column in FEATURES}
-            datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(aside / name))
-        with open(aside / "quarantine.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in audit.quarantine)
-        manifest = _manifest(recipe, encoder, audit, records, seen)
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
-        _refuse_foreign(target)
-        publish(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return Prepared(target, manifest)
+def _kept_quarantine(target: Path) -> Path:
+    """Where the quarantine of a preparation that stopped is left."""
+    return target.with_name(f"{target.name}-quarantine.jsonl")
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -272,26 +128,141 @@ def _refuse_foreign(target: Path) -> None:
         raise DataError(f"data.dir: {target}: exists and holds something else; choose another data.dir or move it away")
 
 
-def _manifest(
-    recipe: Recipe, encoder: Encoder, audit: Audit, records: dict[str, list[dict[str, Any]]], seen: dict[str, list[int]]
-) -> dict[str, Any]:
-    documents = {name: len({record["document"] for record in records[name]}) for name in SPLITS}
-    dropped = dict(sorted(audit.dropped.items()))
-    kept, lost = sum(documents.values()), sum(dropped.values())
-    assert audit.rows == kept + lost, f"{audit.rows} rows read, but {kept} kept and {lost} dropped"
-    order = [[record["id"], record["label"], record["tokens"], record["targets"]] for name in SPLITS for record in records[name]]
+# gather
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All documents that are examples: their columns in memory, their records in the spool."""
+
+    documents: Documents
+    spool: Spool
+    first_record: np.ndarray
+    """int64 [documents + 1]: the records of document d are those from first_record[d] to first_record[d + 1]"""
+
+    def quarantined(self, document: int, reason: Rejected) -> dict[str, Any]:
+        """A line of the quarantine for a document."""
+        place, source = _place(self.spool, self.first_record, document)
+        return entry(place, source, reason, self.documents.text(document))
+
+
+def _gather(recipe: Recipe, encoder: Encoder, audit: Audit, spool: Spool, track: Track) -> Gathered:
+    """Read and clean all rows."""
+    benchmark = [text for _, row in sources.read(recipe.data.benchmarks) for text in benchmark_texts(row)]
+    cleaner = Cleaner(recipe, encoder, Benchmark(benchmark))
+    rows = track(sources.read(recipe.data.sources), "reading, cleaning, measuring")
+    columns: dict[str, list[Any]] = {name: [] for name in ("ids", "labels", "sources", "groups", "sketches", "records")}
+    for found in clean_all(rows, cleaner, benchmark):
+        audit.note(found.rows, found.changed, found.rejected)
+        audit.refuse_bad(recipe.data.bad_rows, _kept_quarantine(recipe.data_dir), so_far=True)
+        spool.write(found.batch)
+        _append(columns, found, recipe)
+    spool.finish()
+    joined = {name: np.concatenate(parts) if parts else np.empty(0, np.int64) for name, parts in columns.items()}
+    first_record = np.concatenate([[0], np.cumsum(joined.pop("records"))]).astype(np.int64)
+    if not len(joined["ids"]):
+        joined["sketches"] = np.empty((0, 0), np.uint32)
+
+    def text(document: int) -> str:
+        return _content(spool, first_record, document)
+
+    def place(document: int) -> str:
+        return _place(spool, first_record, document)[0]
+
+    return Gathered(Documents(**joined, text=text, place=place), spool, first_record)
+
+
+def _append(columns: dict[str, list[Any]], found: Cleaned, recipe: Recipe) -> None:
+    labels = {label: number for number, label in enumerate(recipe.task.labels)}
+    columns["labels"].append(np.array([labels.get(label, -1) for label in found.labels], np.int32))
+    for name in ("ids", "sources", "groups", "sketches", "records"):
+        columns[name].append(getattr(found, name))
+
+
+def _content(spool: Spool, first_record: np.ndarray, document: int) -> str:
+    """What a document says. Its pieces are the parts of a text, or the last of them is the whole conversation."""
+    first, end = int(first_record[document]), int(first_record[document + 1])
+    text = "".join(spool.record(number, ["text"])["text"] for number in range(first, end))
+    return text or from_record(spool.record(end - 1)).content
+
+
+def _place(spool: Spool, first_record: np.ndarray, document: int) -> tuple[str, int]:
+    record = spool.record(int(first_record[document]), ["place", "source"])
+    several = first_record[document + 1] - first_record[document] > 1
+    return str(record["place"]).removesuffix(" part 1" if several else ""), int(record["source"])
+
+
+# write
+
+
+def _write(folder: Path, gathered: Gathered, sifted: Sifted, encoding: str, track: Track) -> dict[str, Any]:
+    """Write the records of each split; return their counts and the fingerprint of their content."""
+    splits = np.repeat(sifted.splits, np.diff(gathered.first_record))
+    counts: dict[str, Any] = {what: dict.fromkeys(SPLITS, 0) for what in ("examples", "tokens", "targets")}
+    labels: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
+    content = {name: hashlib.sha256() for name in SPLITS}
+    writers = {name: Writer(folder / name) for name in SPLITS}
+    start = 0
+    for batch in track(gathered.spool.batches(), "writing"):
+        own = splits[start : start + batch.num_rows]
+        start += batch.num_rows
+        for number, name in enumerate(SPLITS):
+            part = batch.filter(pa.array(own == number))
+            if part.num_rows:
+                writers[name].write(part)
+                content[name].update(_identity(part))
+                labels[name].update(label for label in part.column("label").to_pylist() if label)
+                counts["examples"][name] += part.num_rows
+                for what in ("tokens", "targets"):
+                    counts[what][name] += int(part.column(what).to_numpy().sum())
+    for writer in writers.values():
+        writer.close()
+    fingerprint = digest({"content": [content[name].hexdigest() for name in SPLITS], "encoding": encoding})
+    return {**counts, "labels": {name: dict(sorted(labels[name].items())) for name in SPLITS}, "fingerprint": fingerprint}
+
+
+def _identity(batch: pa.RecordBatch) -> bytes:
+    """What training depends on, whatever file it came from."""
+    columns = [batch.column(name).to_pylist() for name in ("id", "label", "source", "tokens", "targets", "messages")]
+    return "".join(f"{one}\x1e" for one in zip(*columns, strict=True)).encode("utf-8", "surrogatepass")
+
+
+def _remembered(known: Known, documents: Documents, sifted: Sifted, recipe: Recipe) -> Known:
+    """All assignments so far; but for splits of the user's own, which the recipe keeps."""
+    divided = np.array([source.into is None for source in recipe.data.sources])[documents.sources]
+    kept = np.flatnonzero((sifted.splits != DROPPED) & divided)
+    names = [SPLITS[number] for number in sifted.splits[kept].tolist()]
+    ids, groups = documents.ids[kept].tolist(), documents.groups[kept].tolist()
+    by_group = {group: name for group, name in zip(groups, names, strict=True) if group}
+    own_groups = {id: group for id, group in zip(ids, groups, strict=True) if group}
+    present = set(ids)
+    before = {id: group for id, group in known.groups.items() if id not in present}
+    return Known(known.splits | dict(zip(ids, names, strict=True)) | by_group, before | own_groups)
+
+
+def _refuse_empty(recipe: Recipe, sifted: Sifted, audit: Audit) -> None:
+    wanted = {"validation": recipe.data.validation_fraction, "test": recipe.data.test_fraction}
+    divided = any(source.into is None for source in recipe.data.sources)
+    for number, name in enumerate(SPLITS):
+        needed = name in [source.into for source in recipe.data.sources] or (divided and (name == TRAIN or wanted[name] > 0))
+        if needed and not (sifted.splits == number).any():
+            dropped = "; ".join(audit.reasons()) or "none"
+            kept = int((sifted.splits != DROPPED).sum())
+            remedy = f"add data or set data.{name}_fraction=0" if divided and name != TRAIN else "add data"
+            raise DataError(f"data: the {name} split is empty: {audit.total} rows read, {kept} kept, left out: {dropped}; {remedy}")
+
+
+def _counts(recipe: Recipe, encoder: Encoder, audit: Audit, seen: dict[str, list[Any]], sifted: Sifted) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "key": _key(recipe, encoder),
-        "fingerprint": digest({"order": order, "encoding": encoder.fingerprint}),
+        "key": key(recipe, encoder),
         "sources": seen,
-        "split": _split_rule(recipe),
-        "rows": audit.rows,
-        "repaired": audit.repaired,
-        "dropped": dropped,
-        "documents": documents,
-        "examples": {name: len(records[name]) for name in SPLITS},
-        "labels": {name: dict(sorted(Counter(r["label"] for r in records[name] if r["label"]).items())) for name in SPLITS},
-        "tokens": {name: sum(record["tokens"] for record in records[name]) for name in SPLITS},
-        "targets": {name: sum(record["targets"] for record in records[name]) for name in SPLITS},
+        "split": split_rule(recipe),
+        "rows": audit.total,
+        "rows_by_source": {str(number): count for number, count in sorted(audit.rows.items())},
+        "changed": dict(sorted(audit.changed.items())),
+        "bad": dict(audit.bad.most_common()),
+        "dropped": dict(audit.dropped.most_common()),
+        "documents": {name: int((sifted.splits == number).sum()) for number, name in enumerate(SPLITS)},
+        "leakage": sifted.leakage,
     }

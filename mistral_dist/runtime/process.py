@@ -75,6 +75,13 @@ def ask_for_death_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def serve_parent() -> None:
+    """For a helper process: end with the parent, and leave Ctrl-C to it."""
+    ask_for_death_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_libraries()
+
+
 def die_with_launcher() -> None:
     """End this worker when its launcher ends, however that ends; `kill -9` included.
 

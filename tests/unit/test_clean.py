@@ -1,25 +1,16 @@
-"""Rows to examples: what is repaired, what is dropped and counted, what is refused."""
+"""Texts repaired, HTML made readable, and what is too short or too long."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mistral_dist.config import Data, Task
-from mistral_dist.data.clean import Audit, Example, clean, read_example, repair
-from mistral_dist.data.sources import Row
-from mistral_dist.errors import DataError
-
-SPAM = Task(kind="classification", labels=("spam", "ham"))
-CHAT = Task(kind="chat")
-PLACE = "f.jsonl:3"
+from mistral_dist.config import Data
+from mistral_dist.data.clean import html_to_text, repair, tidy
+from mistral_dist.data.example import Example, Rejected
 
 
 def data(**fields: object) -> Data:
     return Data.model_validate({"sources": [{"path": "x.jsonl"}], **fields})
-
-
-def cleaned(rows: list[tuple[str, str]], **fields: object) -> tuple[list[Example], Audit]:
-    audit = Audit()
-    made = (Row(f"f:{n}", {"text": text, "label": label}) for n, (text, label) in enumerate(rows, 1))
-    return clean(made, SPAM, data(**fields), audit), audit
 
 
 @pytest.mark.parametrize(
@@ -29,6 +20,7 @@ def cleaned(rows: list[tuple[str, str]], **fields: object) -> tuple[list[Example
         ("a\x00b", "ab"),
         ("e\u0301", "é"),
         ("  x  \n\n\n\n y \t\n", "x\n\n y"),
+        ("a\r\nb\rc", "a\nb\nc"),
         ("“quoted”", "“quoted”"),
         ("plain", "plain"),
         ("write &lt; for less-than", "write &lt; for less-than"),
@@ -40,75 +32,54 @@ def test_repair(raw: str, mended: str) -> None:
     assert repair(raw) == mended
 
 
-def test_repair_changes_nothing_the_second_time() -> None:
-    once = repair("schÃ¶n  \n\n\n\x00 fine")
-    assert repair(once) == once
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+def test_repair_changes_nothing_the_second_time(text: str) -> None:
+    assert repair(repair(text)) == repair(text)
 
 
-def test_counts_add_up_and_every_drop_has_a_reason() -> None:
-    rows = [("buy now", "spam"), ("buy  now", "spam"), ("buy now", "spam"), ("", "ham"), ("hello", "ham"), ("hello", "spam")]
-    kept, audit = cleaned(rows, near_duplicates=None)
-    assert [example.text for example in kept] == ["buy now", "buy  now"]
-    assert audit.dropped == {"duplicate": 1, "too_short": 1, "conflicting_labels": 2}
-    assert audit.rows == len(kept) + sum(audit.dropped.values())
-    assert [(entry["place"], entry["reason"]) for entry in audit.quarantine] == [
-        ("f:4", "too_short"),
-        ("f:5", "conflicting_labels"),
-        ("f:6", "conflicting_labels"),
-        ("f:3", "duplicate"),
-    ]
+def test_html_is_what_a_reader_sees() -> None:
+    page = (
+        "<html><head><title>T</title><style>p {}</style></head><body><h1>Head</h1><p>One <b>bold</b>\n word &amp; more.</p>"
+        "<ul><li>first</li><li>second</li></ul><script>evil()</script>line<br>break</body></html>"
+    )
+    assert html_to_text(page) == "Head\nOne bold word & more.\nfirst\nsecond\nline\nbreak"
+    assert html_to_text("no markup, 1 < 2") == "no markup, 1 < 2"
 
 
-def test_near_duplicates_go_and_the_first_stays() -> None:
-    long = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wide green wood today"
-    rows = [(long, "ham"), (long + " again", "ham"), ("something else entirely, with no word in common", "ham")]
-    kept, audit = cleaned(rows, near_duplicates=0.7)
-    assert [example.place for example in kept] == ["f:1", "f:3"]
-    assert audit.quarantine[0]["because"] == "like f:1"
-    assert len(cleaned(rows, near_duplicates=None)[0]) == 3
+def test_what_was_changed_is_told() -> None:
+    assert tidy(Example("f:1", "schÃ¶n "), data())[1] == ["encoding", "white_space"]
+    assert tidy(Example("f:1", "<p>x</p>"), data(html=True)) == (Example("f:1", "x"), ["html"])
+    assert tidy(Example("f:1", "<p>x</p>"), data()) == (Example("f:1", "<p>x</p>"), [])
 
 
-def test_an_id_is_of_the_content_alone() -> None:
-    assert Example("a:1", "text", "x").id == Example("b:2", "text", "y").id != Example("a:1", "text2", "x").id
+def test_turns_are_repaired_and_keep_what_else_they_have() -> None:
+    turn = {"role": "assistant", "content": " a ", "train": False}
+    assert tidy(Example("f:1", messages=(turn,)), data())[0].messages == ({**turn, "content": "a"},)
 
 
 @pytest.mark.parametrize(
-    ("task", "values", "words"),
+    ("example", "fields", "reason"),
     [
-        (SPAM, {"txt": "hi", "label": "ham"}, ["'text'", "columns found: txt, label", "data.sources.columns"]),
-        (SPAM, {"text": 3, "label": "ham"}, ["'text'", "must be a text", "3"]),
-        (SPAM, {"text": "hi", "label": None}, ["no label", "spam, ham"]),
-        (SPAM, {"text": "hi", "label": "egg"}, ["'egg'", "task.labels"]),
-        (CHAT, {"messages": []}, ["no messages"]),
-        (CHAT, {"messages": [{"role": "human", "content": "hi"}]}, ["role", "human"]),
-        (Task(kind="instruct"), {"prompt": "hi"}, ["'completion'"]),
+        (Example("f:1", " \x00 "), {}, "too_short"),
+        (Example("f:1", "four"), {"min_characters": 5}, "too_short"),
+        (Example("f:1", "x" * 10_000_000), {}, "too_many_characters"),
+        (Example("f:1", "sixsix"), {"max_characters": 5}, "too_many_characters"),
+        (
+            Example("f:1", messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": "\x00"})),
+            {},
+            "empty_turn",
+        ),
     ],
 )
-def test_a_row_that_is_no_example_is_refused_with_its_place(task: Task, values: dict[str, object], words: list[str]) -> None:
-    with pytest.raises(DataError) as caught:
-        read_example(Row(PLACE, values), task)
-    for word in [PLACE, *words]:
-        assert word in str(caught.value)
+def test_what_is_left_out(example: Example, fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        tidy(example, data(**fields))
+    assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("answer", [[], [{"role": "assistant", "content": " \x00 \n"}]])
-def test_a_conversation_without_an_answer_is_refused(answer: list[dict[str, str]]) -> None:
-    rows = [Row(PLACE, {"messages": [{"role": "user", "content": "hi"}, *answer]})]
-    with pytest.raises(DataError, match=r"f.jsonl:3: no answer to learn from"):
-        clean(rows, CHAT, data(), Audit())
-
-
-def test_the_same_place_read_twice_is_a_duplicate() -> None:
-    audit = Audit()
-    twice = [Row("f:1", {"text": "the very same", "label": "ham"})] * 2
-    assert len(clean(twice, SPAM, data(near_duplicates=None), audit)) == 1
-    assert audit.dropped == {"duplicate": 1}
-
-
-def test_instruct_rows_become_conversations() -> None:
-    example = read_example(Row(PLACE, {"prompt": "p", "completion": "c"}), Task(kind="instruct"))
-    assert example.messages == ({"role": "user", "content": "p"}, {"role": "assistant", "content": "c"})
-
-
-def test_numeric_labels_are_read_as_text() -> None:
-    assert read_example(Row(PLACE, {"text": "t", "label": 1}), Task(kind="classification", labels=("0", "1"))).label == "1"
+def test_an_id_is_of_the_content_alone() -> None:
+    assert Example("a:1", "text", "x").id == Example("b:2", "text", "y", source=3).id != Example("a:1", "text2", "x").id
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    other = {**called, "tool_calls": [{"function": {"name": "g", "arguments": "{}"}}]}
+    assert Example("a", messages=(called,)).id != Example("a", messages=(other,)).id
+    assert Example("a", messages=(called,), tools=({"name": "f"},)).id != Example("a", messages=(called,)).id

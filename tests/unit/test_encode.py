@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mistral_dist.config import Task
-from mistral_dist.data.clean import Example
 from mistral_dist.data.encode import Encoder
+from mistral_dist.data.example import Example
 from mistral_dist.errors import DataError, ModelError
 
 

@@ -9,11 +9,12 @@ import pytest
 import tokenizers
 import transformers
 
-from mistral_dist.config import Model, Recipe, Task
-from mistral_dist.data import prepare as module
-from mistral_dist.data.clean import Example
+from mistral_dist.config import Data, Model, Recipe, Source, Task
 from mistral_dist.data.encode import Encoder
-from mistral_dist.data.prepare import Prepared, example_of, open_prepared, prepare, read_manifest, sources_changed
+from mistral_dist.data.example import Example, Rejected, from_record
+from mistral_dist.data.fit import fit
+from mistral_dist.data.prepare import prepare
+from mistral_dist.data.prepared import Prepared, open_prepared, read_manifest, sources_changed
 from mistral_dist.data.split import SPLITS
 from mistral_dist.errors import WRONG_INPUT, DataError
 from mistral_dist.hub import load_tokenizer
@@ -61,6 +62,14 @@ def quarantine(found: Prepared) -> list[dict[str, str]]:
     return [json.loads(line) for line in (found.path / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def cut_up(text: str, capacity: int, encoder: Encoder) -> list[str]:
+    """The pieces of one text."""
+    data = Data(sources=(Source(path="x"),), max_length=capacity)
+    (pieces,) = fit([Example("f:1", text)], encoder, data)
+    assert not isinstance(pieces, Rejected)
+    return [piece.example.text for piece in pieces]
+
+
 # what is written
 
 
@@ -105,7 +114,13 @@ def test_the_manifest_says_what_the_shards_hold(write_recipe: WriteRecipe, prepa
         tokens, targets = found.lengths(name)
         assert tokens.tolist() == [record["tokens"] for record in split]
         assert targets.tolist() == [record["targets"] for record in split]
-    assert sorted(path.name for path in recipe.data_dir.iterdir()) == ["manifest.json", "quarantine.jsonl", *sorted(SPLITS)]
+    assert sorted(path.name for path in recipe.data_dir.iterdir()) == [
+        "assignments.arrow",
+        "audit.md",
+        "manifest.json",
+        "quarantine.jsonl",
+        *sorted(SPLITS),
+    ]
     assert beside(recipe.data_dir) == [], "nothing is left aside"
 
 
@@ -118,7 +133,7 @@ def test_the_stored_lengths_are_those_of_the_encoding(write_recipe: WriteRecipe,
     recipe, found = prepared(write_recipe())
     encoder = Encoder(tokenizer, recipe.task)
     for record in records(found)[::7]:
-        encoded = encoder.encode(example_of(record))
+        encoded = encoder.encode(from_record(record))
         assert (len(encoded.ids), len(encoded.targets)) == (record["tokens"], record["targets"])
 
 
@@ -134,7 +149,7 @@ def test_to_prepare_twice_gives_the_same(write_recipe: WriteRecipe, prepared: Ma
 def test_conversations_come_back_as_they_were(write_recipe: WriteRecipe, prepared: Make) -> None:
     rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a {n}"}]} for n in range(20)]
     _, found = prepared(write_recipe(rows=rows, task=CHAT))
-    asked = {example_of(record).messages[0]["content"]: example_of(record).messages for record in records(found)}
+    asked = {from_record(record).messages[0]["content"]: from_record(record).messages for record in records(found)}
     assert asked == {row["messages"][0]["content"]: tuple(row["messages"]) for row in rows}
 
 
@@ -161,7 +176,7 @@ def test_an_empty_split_is_refused_with_its_name_and_the_remedy(
 def test_a_train_split_of_nothing_says_what_became_of_the_rows(write_recipe: WriteRecipe, prepared: Make) -> None:
     path = write_recipe(rows=[{"text": "", "label": "numpy"}, {"text": " ", "label": "torch"}])
     line = refusal(lambda: prepared(path))
-    for word in ["the train split is empty", "2 rows read, 0 kept", "dropped 2 too_short"]:
+    for word in ["the train split is empty", "2 rows read, 0 kept", "left out: 2 too_short"]:
         assert word in line
 
 
@@ -215,7 +230,7 @@ def test_long_texts_are_cut_into_pieces_that_fit_and_lose_nothing(
     encoder = Encoder(tokenizer, recipe.task)
     pieces: dict[str, dict[int, str]] = {}
     for record in records(found):
-        assert record["tokens"] == len(encoder.encode(example_of(record)).ids) <= max_length
+        assert record["tokens"] == len(encoder.encode(from_record(record)).ids) <= max_length
         place, _, part = record["place"].partition(" part ")
         pieces.setdefault(place, {})[int(part or 1)] = record["text"]
     assert found.manifest["dropped"] == {}
@@ -245,7 +260,7 @@ def test_pieces_that_say_the_same_have_different_ids(write_recipe: WriteRecipe, 
 
 
 def test_a_capacity_below_one_character_is_refused(write_recipe: WriteRecipe, prepared: Make) -> None:
-    with pytest.raises(DataError, match=r"small.jsonl:\d+: data.max_length=3 does not hold a single character"):
+    with pytest.raises(DataError, match=r"the train split is empty.*/small.jsonl:\d+: data.max_length=3 does not hold a single character"):
         prepared(write_recipe(rows=[{"text": f"{n} 😀👩"} for n in range(20)], task=PRETRAIN), "data.max_length=3")
 
 
@@ -262,9 +277,9 @@ def test_a_piece_may_have_more_tokens_alone_than_in_its_text(tokenizer: Any) -> 
     encoder = Encoder(tokenizer, Task(kind="pretrain"))
     for text in ["😀👩‍👩‍👧‍👦" * 200, "数学" * 300, " " * 50 + "x" * 700, "\n\n \t" * 100 + "end", "ﷺ" * 200, "a\u0301\u0323" * 200]:
         for capacity in (16, 33, 64):
-            pieces = list(module._pieces(Example("f:1", text), capacity, encoder))
-            assert "".join(piece["text"] for piece in pieces) == text
-            assert max(len(encoder.encode(Example("f:1", piece["text"])).ids) for piece in pieces) <= capacity
+            pieces = cut_up(text, capacity, encoder)
+            assert "".join(pieces) == text
+            assert max(len(encoder.encode(Example("f:1", piece)).ids) for piece in pieces) <= capacity
 
 
 def test_a_character_of_several_tokens_is_not_too_much_for_its_piece() -> None:
@@ -276,9 +291,9 @@ def test_a_character_of_several_tokens_is_not_too_much_for_its_piece() -> None:
     encoder = Encoder(spelled, Task(kind="pretrain"))
     text = "😀" * 200
     for capacity in (16, 33, 64):
-        pieces = list(module._pieces(Example("f:1", text), capacity, encoder))
-        assert "".join(piece["text"] for piece in pieces) == text
-        assert max(len(encoder.encode(Example("f:1", piece["text"])).ids) for piece in pieces) <= capacity
+        pieces = cut_up(text, capacity, encoder)
+        assert "".join(pieces) == text
+        assert max(len(encoder.encode(Example("f:1", piece)).ids) for piece in pieces) <= capacity
 
 
 # preparing again
@@ -339,7 +354,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(
     def killed(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "_manifest", killed)
+    monkeypatch.setattr("mistral_dist.data.prepare.write_assignments", killed)
     with pytest.raises(OSError, match="No space"):
         prepared(path)
     assert read_manifest(recipe.data_dir) == first.manifest

@@ -1,0 +1,161 @@
+"""What became of each row: counted while `prepare` runs, and told so that a person can judge the data.
+
+The counts add up: rows read = documents kept + rows left out, by reason.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mistral_dist.config import Recipe
+from mistral_dist.data.split import SPLITS, TRAIN
+from mistral_dist.data.stream import Plan
+from mistral_dist.errors import DataError
+
+SAMPLES = 3
+"""Rows shown for each reason."""
+LEAST = 1000
+"""Rows after which nothing but bad ones means that the recipe, not the data, is wrong."""
+
+
+class Audit:
+    """Counts rows, and writes those that are left out to a quarantine file."""
+
+    def __init__(self, quarantine: Path) -> None:
+        self._file = open(quarantine, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self.rows: Counter[int] = Counter()
+        self.changed: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+        self.samples: dict[str, list[dict[str, Any]]] = {}
+
+    def note(self, rows: Counter[int], changed: Counter[str], rejected: Iterable[dict[str, Any]]) -> None:
+        """Count a chunk of rows."""
+        self.rows.update(rows)
+        self.changed.update({kind: count for kind, count in changed.items() if count})
+        for found in rejected:
+            self.drop(found)
+
+    def drop(self, found: dict[str, Any]) -> None:
+        """Count and keep a row that is left out."""
+        reason = found["reason"]
+        (self.bad if found.get("bad") else self.dropped)[reason] += 1
+        samples = self.samples.setdefault(reason, [])
+        if len(samples) < SAMPLES:
+            samples.append(found)
+        self._file.write(json.dumps(found, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Finish the quarantine file."""
+        self._file.close()
+
+    @property
+    def total(self) -> int:
+        """Rows read."""
+        return sum(self.rows.values())
+
+    def refuse_bad(self, share: float, kept_at: Path, *, so_far: bool = False) -> None:
+        """Raise DataError where more than this share of the rows is unreadable or no example.
+
+        `so_far`: there are more to come; only where nothing but bad rows came is that enough.
+        """
+        bad = sum(self.bad.values())
+        if bad <= share * self.total or (so_far and (bad < self.total or bad < LEAST)):
+            return
+        reasons = "; ".join(self.reasons(min(4, len(self.bad))))
+        remedy = f"mend them, or raise data.bad_rows; all are in {kept_at}"
+        raise DataError(f"data.bad_rows={share:g}: {bad:,} of {self.total:,} rows are no examples: {reasons}; {remedy}")
+
+    def reasons(self, most: int | None = None) -> list[str]:
+        """Why rows were left out, each reason with its count and its first row; what is no example first."""
+        found = [*self.bad.most_common(), *self.dropped.most_common()][:most]
+        return [
+            f"{count:,} {reason} (first {self.samples[reason][0]['place']}: {self.samples[reason][0]['because']})"
+            for reason, count in found
+        ]
+
+
+def shape(recipe: Recipe, lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Lengths in tokens by split, and what training will make of them. `lengths`: (tokens, targets) by split."""
+    found: dict[str, Any] = {"lengths": {name: _percentiles(lengths[name][0]) for name in SPLITS}}
+    tokens = lengths[TRAIN][0]
+    if len(tokens):
+        batch = recipe.train.global_batch_size
+        plan = Plan(tokens, capacity=recipe.data.max_length, seed=recipe.train.seed, epochs=1, global_batch_size=batch)
+        found["plan"] = {
+            "packs_per_epoch": len(plan.packs),
+            "steps_per_epoch": plan.steps,
+            "fill": round(float(tokens.sum()) / (len(plan.packs) * recipe.data.max_length), 4),
+        }
+    return found
+
+
+def _percentiles(values: np.ndarray) -> dict[str, int]:
+    if not len(values):
+        return {}
+    names = {"min": 0, "p10": 10, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+    return {name: int(np.percentile(values, at)) for name, at in names.items()} | {"mean": int(values.mean())}
+
+
+def written(manifest: dict[str, Any], samples: dict[str, list[dict[str, Any]]], recipe: Recipe) -> str:
+    """The audit as Markdown."""
+    kept = sum(manifest["documents"].values())
+    lines = [f"# Data of {recipe.data_dir.name}", "", f"{manifest['rows']:,} rows read, {kept:,} documents kept."]
+    lines += _sources_table(manifest, recipe)
+    lines += _splits_table(manifest)
+    lines += _lengths_table(manifest, recipe)
+    lines += ["", "## Leakage between the splits", ""]
+    lines += [f"- {what}: {count}" for what, count in manifest["leakage"].items()]
+    lines += ["", "## Repaired", "", *([f"- {kind}: {count:,} documents" for kind, count in manifest["changed"].items()] or ["Nothing."])]
+    lines += ["", "## Left out", ""]
+    left_out = {**manifest["bad"], **manifest["dropped"]}
+    lines += ["All of them, with their reasons, are in quarantine.jsonl." if left_out else "Nothing."]
+    for reason, count in sorted(left_out.items(), key=lambda item: -item[1]):
+        bad = " (no example)" if reason in manifest["bad"] else ""
+        lines += ["", f"### {reason}{bad}: {count:,}", ""]
+        lines += [f"- `{one['place']}` {one['because']}: {_short(one['text'])}" for one in samples.get(reason, [])]
+    return "\n".join(lines) + "\n"
+
+
+def _sources_table(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    lines = ["", "## Sources", "", "| source | rows | into | weight |", "|---|---:|---|---:|"]
+    for number, source in enumerate(recipe.data.sources):
+        rows = manifest["rows_by_source"].get(str(number), 0)
+        lines.append(f"| {source.path or source.name} | {rows:,} | {source.into or 'divided'} | {source.weight:g} |")
+    return lines
+
+
+def _splits_table(manifest: dict[str, Any]) -> list[str]:
+    lines = ["", "## Splits", "", "| | " + " | ".join(SPLITS) + " |", "|---|" + "---:|" * len(SPLITS)]
+    total = max(1, sum(manifest["documents"].values()))
+    shown = (f"{manifest['documents'][name]:,} ({manifest['documents'][name] / total:.1%})" for name in SPLITS)
+    lines.append("| documents | " + " | ".join(shown) + " |")
+    for what in ("examples", "tokens", "targets"):
+        lines.append(f"| {what} | " + " | ".join(f"{manifest[what][name]:,}" for name in SPLITS) + " |")
+    labels = sorted({label for name in SPLITS for label in manifest["labels"][name]})
+    for label in labels:
+        lines.append(f"| label {label} | " + " | ".join(f"{manifest['labels'][name].get(label, 0):,}" for name in SPLITS) + " |")
+    return lines
+
+
+def _lengths_table(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    names = ("min", "p10", "p50", "p90", "p99", "max", "mean")
+    lines = ["", "## Lengths, in tokens", "", "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for name in SPLITS:
+        found = manifest["lengths"][name]
+        if found:
+            lines.append(f"| {name} | " + " | ".join(f"{found[key]:,}" for key in names) + " |")
+    plan = manifest.get("plan")
+    if plan is not None:
+        packs = f"{plan['packs_per_epoch']:,} packs of {recipe.data.max_length:,} tokens, {plan['fill']:.1%} full"
+        lines += ["", f"An epoch is {packs}: {plan['steps_per_epoch']:,} steps of {recipe.train.global_batch_size} packs."]
+    return lines
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 100 else flat[:100] + " ..."

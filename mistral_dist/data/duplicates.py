@@ -1,0 +1,169 @@
+"""What takes two documents to see: the same text twice, nearly the same, under two labels, or in a benchmark.
+
+Near-duplicates are found by MinHash (Broder 1997) with locality-sensitive hashing: rensa makes the sketches, equal bands
+make candidates, and a pair counts only if the Jaccard similarity of its shingles, computed from the texts, reaches the
+threshold. Nothing here knows files or splits: documents are numbers, in the order of who stays.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import rensa
+
+PERMUTATIONS = 128
+"""Hash functions of a sketch: the standard error of its Jaccard estimate is at most 1 / (2 sqrt(128)) = 0.044."""
+BAND = 4
+"""Sketch values in a band; 32 bands. Two texts of similarity 0.8 share one with probability 1 - (1 - 0.8^4)^32 > 0.9999999."""
+DOUBT = 0.14
+"""Pairs whose estimate is this far below the threshold are not looked at: 4 standard errors at a similarity of 0.8."""
+SHINGLE = 5
+"""Words in a shingle."""
+RUN = 13
+"""Words that a train example and a benchmark must not share in one run; 13 is GPT-3's (arXiv 2005.14165, appendix C)."""
+SHORTEST_RUN = 5
+"""A benchmark text of fewer words proves nothing."""
+ALL_PAIRS = 64
+"""Up to so many documents with an equal band (a run), each pair is a candidate; of more, each is compared with the first of its kind."""
+KINDS = 64
+"""Kinds that are told apart among the documents of one equal band. Texts from one form share bands by the thousand without
+being near; those that are near meet in other bands, too."""
+
+
+def shingles(text: str) -> list[str]:
+    """The runs of 5 words of a text, in lower case; a shorter text is one shingle."""
+    words = text.lower().split()
+    return [" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))]
+
+
+def sketch(text: str) -> list[int]:
+    """128 values of 32 bits; equal ones estimate the Jaccard similarity of the shingles."""
+    made = rensa.RMinHash(num_perm=PERMUTATIONS, seed=0)
+    made.update(shingles(text))
+    return made.digest()
+
+
+def similarity(one: str, other: str) -> float:
+    """Jaccard similarity of the shingles of two texts, in [0, 1]."""
+    first, second = set(shingles(one)), set(shingles(other))
+    return len(first & second) / len(first | second)
+
+
+def candidates(sketches: np.ndarray, threshold: float) -> Iterator[tuple[int, np.ndarray]]:
+    """For each document that may have near-duplicates before it: (document, those before it), both ascending.
+
+    `sketches`: uint32 [documents, 128].
+    """
+    found = [_pairs(sketches, band, threshold - DOUBT) for band in range(0, PERMUTATIONS, BAND)]
+    pairs = np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), np.int64)
+    edges = np.flatnonzero(np.diff(pairs[:, 0])) + 1
+    for group in np.split(pairs, edges) if len(pairs) else []:
+        yield int(group[0, 0]), group[:, 1]
+
+
+def _pairs(sketches: np.ndarray, band: int, least: float) -> np.ndarray:
+    """(later, earlier) of documents whose band is equal and whose estimate reaches `least`; int64 [pairs, 2]."""
+    values = np.ascontiguousarray(sketches[:, band : band + BAND]).view(np.dtype((np.void, 4 * BAND)))[:, 0]
+    _, run, count = np.unique(values, return_inverse=True, return_counts=True)
+    members = np.argsort(run, kind="stable")
+    few = members[(count[run] > 1)[members] & (count[run] <= ALL_PAIRS)[members]]
+    found = list(_all_pairs(few, run[few]))
+    for number in np.flatnonzero(count > ALL_PAIRS):
+        found += _by_kind(np.flatnonzero(run == number), sketches, least)
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *found])
+    return np.concatenate([_near(block, sketches, least) for block in np.array_split(pairs, len(pairs) // 100_000 + 1)])
+
+
+def _all_pairs(members: np.ndarray, run: np.ndarray) -> Iterator[np.ndarray]:
+    """Each pair of a run, for all runs at once: neighbours at a distance of 1, 2, ... that belong to the same run."""
+    for distance in range(1, ALL_PAIRS):
+        same = run[distance:] == run[:-distance]
+        if not same.any():
+            return
+        yield np.stack([members[distance:][same], members[:-distance][same]], axis=1)
+
+
+def _by_kind(run: np.ndarray, sketches: np.ndarray, least: float) -> Iterator[np.ndarray]:
+    """Each document with the first of its kind."""
+    for _ in range(KINDS):
+        if len(run) < 2:
+            return
+        first, rest = run[0], run[1:]
+        near = (sketches[rest] == sketches[first]).mean(1) >= least
+        yield np.stack([rest[near], np.full(near.sum(), first)], axis=1)
+        run = rest[~near]
+
+
+def _near(pairs: np.ndarray, sketches: np.ndarray, least: float) -> np.ndarray:
+    return pairs[(sketches[pairs[:, 0]] == sketches[pairs[:, 1]]).mean(1) >= least]
+
+
+def superfluous(sketches: np.ndarray, threshold: float, text: Callable[[int], str]) -> dict[int, int]:
+    """Document -> the earlier one that it is a near-duplicate of, which stays."""
+    found: dict[int, int] = {}
+    for document, earlier in candidates(sketches, threshold):
+        for other in earlier.tolist():
+            if other not in found and similarity(text(document), text(other)) >= threshold:
+                found[document] = other
+                break
+    return found
+
+
+def near_pairs(sketches: np.ndarray, threshold: float, text: Callable[[int], str]) -> Iterator[tuple[int, int]]:
+    """(document, an earlier one) of each pair of near-duplicates; of those that hang together anyway, perhaps not each."""
+    for document, earlier in candidates(sketches, threshold):
+        for other in earlier.tolist():
+            if similarity(text(document), text(other)) >= threshold:
+                yield document, other
+
+
+class Benchmark:
+    """Texts that a model will be measured on."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._runs: set[int] = set()
+        self._lengths: set[int] = set()
+        for text in texts:
+            words = plain_words(text)
+            length = min(RUN, len(words))
+            if length >= SHORTEST_RUN:
+                self._lengths.add(length)
+                self._runs.update(_runs(words, length))
+
+    def run_in(self, text: str) -> str | None:
+        """The first run of words that a text shares with the benchmark: 13 words, or a whole shorter benchmark text."""
+        words = plain_words(text) if self._runs else []
+        for length in sorted(self._lengths, reverse=True):
+            for start, run in enumerate(_runs(words, length)):
+                if run in self._runs:
+                    return " ".join(words[start : start + length])
+        return None
+
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text without case and punctuation."""
+    return "".join(character if character.isalnum() else " " for character in text.lower()).split()
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[int]:
+    for start in range(len(words) - length + 1):
+        yield hash(tuple(words[start : start + length]))
+
+
+class Families:
+    """Documents that belong together, as they are joined (union-find with path halving)."""
+
+    def __init__(self, documents: int) -> None:
+        self._parent = list(range(documents))
+
+    def of(self, document: int) -> int:
+        """The first document of the family."""
+        parent = self._parent
+        while parent[document] != document:
+            parent[document] = parent[parent[document]]
+            document = parent[document]
+        return document
+
+    def join(self, one: int, other: int) -> None:
+        """Make two families one."""
+        first, second = sorted((self.of(one), self.of(other)))
+        self._parent[second] = first

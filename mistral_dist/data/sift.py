@@ -1,0 +1,270 @@
+"""Which documents stay, and in which split: duplicates, contradictions, families, leakage.
+
+Decided on a few columns that fit into memory at any size (some 600 bytes a document, 512 of them its sketch); texts are
+looked at only where two documents may be near-duplicates.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mistral_dist.config import Data
+from mistral_dist.data.duplicates import Families, candidates, near_pairs, similarity, superfluous
+from mistral_dist.data.split import SPLITS, TEST, TRAIN, VALIDATION, Family, split
+
+DROPPED = -1
+FIRST = {TEST: 0, VALIDATION: 1, None: 3, TRAIN: 3}
+"""Who stays where two say the same: a test example of the user's own, a validation example, what was there before, the rest."""
+KNOWN_BEFORE = 2
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is known of each document, by columns."""
+
+    ids: np.ndarray
+    """uint64 [documents]: of the content"""
+    labels: np.ndarray
+    """int32 [documents]: the label's number, -1 for none"""
+    sources: np.ndarray
+    """int16 [documents]: the source's place in the recipe"""
+    groups: np.ndarray
+    """uint64 [documents]: of the user's group, 0 for none"""
+    sketches: np.ndarray
+    """uint32 [documents, 128], or [documents, 0] where near-duplicates are not looked for"""
+    text: Callable[[int], str]
+    """A document's content."""
+    place: Callable[[int], str]
+    """Where a document stands."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was assigned before."""
+
+    splits: dict[int, str] = field(default_factory=dict)
+    """Content or group id -> split."""
+    groups: dict[int, int] = field(default_factory=dict)
+    """Content id -> the group that it had, where it had one."""
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What became of each document."""
+
+    splits: np.ndarray
+    """int8 [documents]: the split's number in SPLITS, or DROPPED"""
+    dropped: list[tuple[int, str, str]]
+    """(document, reason, because), in the order of the documents"""
+    leakage: dict[str, int]
+    """How often something stands on two sides: equal texts, near-duplicates, groups. Measured on the result."""
+
+
+@dataclass
+class _Sifter:
+    """Documents in the order of who stays, and those that are still in."""
+
+    documents: Documents
+    data: Data
+    sides: np.ndarray
+    """object [documents]: the split that a document has already, or None"""
+    alive: np.ndarray = field(init=False)
+    """int64: the documents that are still in, in the order of who stays"""
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    stand_ins: list[tuple[int, int]] = field(default_factory=list)
+    """(document, one that says the same and was dropped): the groups of the one are also the other's"""
+
+    def drop(self, members: Iterable[tuple[int, str, str]]) -> None:
+        """Take documents out."""
+        found = list(members)
+        self.dropped += found
+        self.alive = self.alive[~np.isin(self.alive, [document for document, _, _ in found])]
+
+
+def sift(documents: Documents, data: Data, known: Known) -> Sifted:
+    """Drop what says the same or contradicts itself, and give the rest to the splits; what was assigned before is kept."""
+    own = [source.into for source in data.sources]
+    sides, priority = _sides(documents, own, known)
+    sifter = _Sifter(documents, data, sides)
+    sifter.alive = np.lexsort((np.arange(len(documents)), priority))
+    sifter.drop(_contradictions(sifter))
+    sifter.drop(_repetitions(sifter))
+    near = data.near_duplicates if len(documents) and documents.sketches.shape[1] else None
+    if near is not None and data.near_duplicate_policy == "drop":
+        sifter.drop(_near_repetitions(sifter, near))
+    together = list(_near_edges(sifter, near)) if near is not None and data.near_duplicate_policy == "keep_together" else []
+    sifter.drop(_own_splits_that_touch(sifter, together))
+    sifter.drop(_between_two_splits(sifter, together))
+    splits = _assign(sifter, together)
+    sifter.dropped.sort()
+    return Sifted(splits, sifter.dropped, _leakage(documents, splits, near))
+
+
+def _sides(documents: Documents, own: list[str | None], known: Known) -> tuple[np.ndarray, np.ndarray]:
+    """The split that each document has already, and its rank among those that say the same."""
+    sides = np.array([own[source] for source in documents.sources.tolist()], dtype=object)
+    priority = np.array([FIRST[side] for side in sides.tolist()], dtype=np.int8)
+    if known.splits:
+        for document, (id, group) in enumerate(zip(documents.ids.tolist(), documents.groups.tolist(), strict=True)):
+            if sides[document] is None and known.splits.get(id) and known.groups.get(id, 0) == group:
+                sides[document], priority[document] = known.splits[id], KNOWN_BEFORE
+            elif sides[document] is None:
+                # new, or of another group than before: then the group decides
+                sides[document] = (known.splits.get(group) if group else None) or known.splits.get(id)
+    return sides, priority
+
+
+def _contradictions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
+    """Texts that stand under more than one label: which one is right cannot be known here."""
+    labels = sifter.documents.labels[sifter.alive]
+    _, text = np.unique(sifter.documents.ids[sifter.alive], return_inverse=True)
+    pairs = np.unique(np.stack([text, labels]), axis=1)
+    kinds = np.bincount(pairs[0], minlength=1)
+    others: dict[int, int] = {}
+    for number in np.flatnonzero(kinds[text] > 1).tolist():
+        document = int(sifter.alive[number])
+        first = others.setdefault(int(text[number]), document)
+        because = f"the same text has another label at {sifter.documents.place(first)}" if first != document else "and another label later"
+        yield document, "conflicting_labels", because
+
+
+def _repetitions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
+    _, first, text = np.unique(sifter.documents.ids[sifter.alive], return_index=True, return_inverse=True)
+    for number in np.flatnonzero(first[text] != np.arange(len(text))).tolist():
+        document, other = int(sifter.alive[number]), int(sifter.alive[first[text[number]]])
+        sifter.stand_ins.append((other, document))
+        yield document, "duplicate", f"same as {_told(sifter, other)}"
+
+
+def _near_repetitions(sifter: _Sifter, threshold: float) -> Iterator[tuple[int, str, str]]:
+    alive, documents = sifter.alive, sifter.documents
+    found = superfluous(documents.sketches[alive], threshold, lambda number: documents.text(int(alive[number])))
+    for number, other in found.items():
+        sifter.stand_ins.append((int(alive[other]), int(alive[number])))
+        yield int(alive[number]), "near_duplicate", f"like {_told(sifter, int(alive[other]))}"
+
+
+def _told(sifter: _Sifter, document: int) -> str:
+    side = sifter.sides[document]
+    return sifter.documents.place(document) + (f" ({side})" if side else "")
+
+
+# families
+
+
+def _near_edges(sifter: _Sifter, threshold: float) -> Iterator[tuple[int, int]]:
+    alive, documents = sifter.alive, sifter.documents
+    for one, other in near_pairs(documents.sketches[alive], threshold, lambda number: documents.text(int(alive[number]))):
+        yield int(alive[one]), int(alive[other])
+
+
+def _families(sifter: _Sifter, members: np.ndarray, together: list[tuple[int, int]], *, own_groups_only: bool = False) -> Families:
+    """The families of some documents: near-duplicates, those of a group, and those of a group through a dropped copy."""
+    families = Families(len(sifter.documents))
+    inside = np.zeros(len(sifter.documents), dtype=bool)
+    inside[members] = True
+    for one, other in together:
+        if inside[one] and inside[other]:
+            families.join(one, other)
+    first: dict[int, int] = {}
+    groups = sifter.documents.groups
+    grouped = members[groups[members] > 0].tolist()
+    through = [] if own_groups_only else [pair for pair in sifter.stand_ins if inside[pair[0]]]
+    for document, named in [*zip(grouped, grouped, strict=True), *through]:
+        if groups[named]:
+            families.join(first.setdefault(int(groups[named]), document), document)
+    return families
+
+
+def _sides_of(sifter: _Sifter, families: Families, members: np.ndarray) -> dict[int, set[str]]:
+    """Family -> the splits that its members have already."""
+    found: dict[int, set[str]] = {}
+    for document in members.tolist():
+        if sifter.sides[document] is not None:
+            found.setdefault(families.of(document), set()).add(sifter.sides[document])
+    return found
+
+
+def _own_splits_that_touch(sifter: _Sifter, together: list[tuple[int, int]]) -> Iterator[tuple[int, str, str]]:
+    """Documents with a place, of a family that has members in a split more precious: test before validation before train."""
+    placed = sifter.alive[sifter.sides[sifter.alive] != None]  # noqa: E711 - an elementwise comparison
+    # a dropped copy's group does not speak against a place: a new copy of an old row must not drive out another old row
+    families = _families(sifter, placed, together, own_groups_only=True)
+    sides = _sides_of(sifter, families, placed)
+    for document in placed.tolist():
+        best = min(sides[families.of(document)], key=lambda side: FIRST[side])
+        if sifter.sides[document] != best:
+            yield document, "leaks", f"is in {sifter.sides[document]}, and belongs together with what is in {best}"
+
+
+def _between_two_splits(sifter: _Sifter, together: list[tuple[int, int]]) -> Iterator[tuple[int, str, str]]:
+    """New documents that would join a family of two splits: to take one in would move another."""
+    families = _families(sifter, sifter.alive, together)
+    sides = _sides_of(sifter, families, sifter.alive)
+    for document in sifter.alive.tolist():
+        touched = sides.get(families.of(document), set())
+        if len(touched) > 1 and sifter.sides[document] is None:
+            yield document, "between_splits", f"belongs together with what is in {' and in '.join(sorted(touched))}"
+
+
+def _assign(sifter: _Sifter, together: list[tuple[int, int]]) -> np.ndarray:
+    """The split of each document, int8 [documents]."""
+    data, documents = sifter.data, sifter.documents
+    found = _families(sifter, sifter.alive, together)
+    torn = {family for family, sides in _sides_of(sifter, found, sifter.alive).items() if len(sides) > 1}
+    members: dict[int, list[int]] = {}
+    for document in sifter.alive.tolist():
+        family = found.of(document)
+        # all that is left of a torn family has a place, and keeps it
+        members.setdefault(-1 - document if family in torn else family, []).append(document)
+    families = [
+        Family(
+            id=f"{documents.ids[own[0]]:016x}",
+            stratum=_stratum(documents, own[0], data),
+            size=len(own),
+            place=next((side for side in sifter.sides[own].tolist() if side is not None), None),
+        )
+        for own in members.values()
+    ]
+    shares = {TRAIN: 1.0 - data.validation_fraction - data.test_fraction, VALIDATION: data.validation_fraction, TEST: data.test_fraction}
+    splits = np.full(len(documents), DROPPED, dtype=np.int8)
+    for own, name in zip(members.values(), split(families, shares, data.seed), strict=True):
+        splits[own] = SPLITS.index(name)
+    return splits
+
+
+def _stratum(documents: Documents, document: int, data: Data) -> str:
+    """What has the same shares in each split; splits of the user's own take no part in the shares."""
+    label, source = int(documents.labels[document]), int(documents.sources[document])
+    if data.sources[source].into is not None:
+        return "own"
+    if data.stratify == "none":
+        return ""
+    return f"source {source}" if data.stratify == "source" or label < 0 else f"label {label}"
+
+
+def _leakage(documents: Documents, splits: np.ndarray, threshold: float | None) -> dict[str, int]:
+    """Counted on the result, whatever made it."""
+    kept = np.flatnonzero(splits != DROPPED)
+    found = {"equal": _on_two_sides(documents.ids[kept], splits[kept])}
+    if documents.groups.any():
+        grouped = kept[documents.groups[kept] > 0]
+        found["groups"] = _on_two_sides(documents.groups[grouped], splits[grouped])
+    if threshold is not None:
+        found["near"] = 0
+        for document, earlier in candidates(documents.sketches[kept], threshold):
+            for other in earlier[splits[kept[earlier]] != splits[kept[document]]].tolist():
+                alike = similarity(documents.text(int(kept[document])), documents.text(int(kept[other])))
+                found["near"] += alike >= threshold
+    return found
+
+
+def _on_two_sides(keys: np.ndarray, splits: np.ndarray) -> int:
+    """How many keys occur in more than one split."""
+    pairs = np.unique(np.stack([keys.astype(np.uint64), splits.astype(np.uint64)]), axis=1)
+    _, counts = np.unique(pairs[0], return_counts=True)
+    return int((counts > 1).sum())
