@@ -20,6 +20,8 @@ UNWANTED = ["consolidated*", "original/*"]
 """The same weights a second time, in Mistral's own layout."""
 
 
+PATIENCE = 60.0
+"""Waits of a download, in seconds. Shorter than retry.SECONDS: a person looks on, and `fetch` goes on where it was."""
 STALL_SECONDS = 90.0
 """An attempt to begin a stream; the library retries within it."""
 
@@ -69,7 +71,7 @@ def fetch_model(model: Model) -> Path:
         return local_path(model)
     url = f"{endpoint()}/{model.name}"
     try:
-        return retry.Patience(worth=_may_heal, waits_only=True).attempt(lambda: _snapshot(model))
+        return _patience().attempt(lambda: _snapshot(model))
     except errors.GatedRepoError:
         raise ModelError(f"{url}: gated; accept its terms on that page, then {_log_in()}") from None
     except errors.RevisionNotFoundError:
@@ -106,8 +108,8 @@ def load_data(source: Source) -> Any:
     import datasets
 
     url = f"{endpoint()}/datasets/{source.name}"
-    # a person waits for a download, and had better know at once that there is no network; a stream belongs to a long run
-    patience = retry.Patience() if source.streaming else retry.Patience(worth=_may_heal, waits_only=True)
+    # a stream belongs to a long run, which a short outage need not end
+    patience = retry.Patience() if source.streaming else _patience()
 
     def load() -> Any:
         return datasets.load_dataset(source.name, name=source.subset, split=source.split, streaming=source.streaming)
@@ -117,6 +119,11 @@ def load_data(source: Source) -> Any:
     except Exception as error:  # the library wraps the hub's errors in many of its own
         remedy = f"check data.sources.name and .split, or {_log_in()}; {_without_network('data.sources.path')}"
         raise DataError(f"{url}: cannot be had ({_first_line(error)}); {remedy}") from None
+
+
+def _patience() -> retry.Patience:
+    # a person waits for a download, and had better know at once that there is no network
+    return retry.Patience(PATIENCE, worth=_may_heal, waits_only=True)
 
 
 def _may_heal(error: BaseException) -> bool:

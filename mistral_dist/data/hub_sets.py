@@ -5,7 +5,6 @@ network; the library retries on its own, and where it gives up or stands still, 
 last row that was given out. Rows are not shuffled, so that they come in the same order each time.
 """
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +18,10 @@ from mistral_dist.errors import DataError
 
 STALL_SECONDS = 90.0
 """Without any row, after which a stream is begun anew; longer than a file's, since the library retries within it."""
-BATCH = 256
-BATCH_SECONDS = 0.5
-"""Rows that are handed over at once, and how long they may be collected."""
+MOST = 256
+"""Rows that are held until they are taken."""
+SIGN_SECONDS = 0.5
+"""While rows are skipped, a sign of life is given each so many seconds."""
 
 Values = dict[str, Any]
 
@@ -46,7 +46,7 @@ class HubShard:
         number = start
         for number, values in rows:
             yield number, Row(f"{self.name} row {number}", values)
-        if not number:
+        if not number and self.parts == 1:
             raise DataError(f"{self.name}: empty; remove it from data.sources")
 
     def _stream(self) -> Iterable[Values]:
@@ -96,58 +96,67 @@ def _fed(begin: Callable[[], Iterable[Values]], skip: int) -> Iterator[list[Valu
     feed = _Feed(begin, skip)
     threading.Thread(target=feed.run, daemon=True).start()
     try:
-        while (what := feed.next()) is not None:
-            if isinstance(what, BaseException):
-                raise what
-            yield what
+        while (batch := feed.take()) is not None:
+            yield batch
     finally:
-        feed.is_left.set()
+        feed.leave()
 
 
 class _Feed:
-    """Reads in a thread of its own, which may hang; at the end it gives None or what went wrong."""
+    """Reads in a thread of its own, which may hang. What it has read can be taken, also if what follows hangs or fails."""
 
     def __init__(self, begin: Callable[[], Iterable[Values]], skip: int) -> None:
-        self.is_left = threading.Event()
         self._begin, self._skip = begin, skip
-        self._ready: queue.Queue[list[Values] | BaseException | None] = queue.Queue(maxsize=2)
-        self._batch: list[Values] = []
+        self._changed = threading.Condition()
+        self._rows: list[Values] = []
+        self._signs = 0
+        self._is_left = False
+        self._has_ended = False
+        self._error: BaseException | None = None
 
-    def next(self) -> list[Values] | BaseException | None:
-        """What it gives next."""
-        try:
-            return self._ready.get(timeout=STALL_SECONDS)
-        except queue.Empty:
-            raise TimeoutError(f"no row in {STALL_SECONDS:.3g} s") from None
+    def take(self) -> list[Values] | None:
+        """The rows that are there, as soon as there are some; none as a sign of life; None at the end."""
+        with self._changed:
+            signs = self._signs
+            if not self._changed.wait_for(lambda: self._rows or self._has_ended or self._signs > signs, STALL_SECONDS):
+                raise TimeoutError(f"no row in {STALL_SECONDS:.3g} s")
+            rows, self._rows = self._rows, []
+            self._changed.notify()
+            if rows or not self._has_ended:
+                return rows
+            if self._error is not None:
+                raise self._error
+            return None
+
+    def leave(self) -> None:
+        """Nobody takes any more."""
+        with self._changed:
+            self._is_left = True
+            self._changed.notify()
 
     def run(self) -> None:
-        """Read until the end, or until nobody listens."""
+        """Read until the end, or until it is left."""
+        error = None
         try:
             self._read()
-            end = None
-        except BaseException as error:
-            end = error
-        self._give_batch()  # what came before a failure is not read twice
-        self._give(end)
+        except BaseException as failure:
+            error = failure
+        with self._changed:
+            self._has_ended, self._error = True, error
+            self._changed.notify()
 
     def _read(self) -> None:
-        until = time.monotonic() + BATCH_SECONDS
+        until = time.monotonic() + SIGN_SECONDS
         for number, values in enumerate(self._begin()):
-            if number >= self._skip:
-                self._batch.append(values)
-            if len(self._batch) == BATCH or time.monotonic() > until:
-                self._give_batch()
-                until = time.monotonic() + BATCH_SECONDS
-            if self.is_left.is_set():
-                return
-
-    def _give_batch(self) -> None:
-        batch, self._batch = self._batch, []
-        self._give(batch)
-
-    def _give(self, what: list[Values] | BaseException | None) -> None:
-        while not self.is_left.is_set():
-            try:
-                return self._ready.put(what, timeout=0.2)
-            except queue.Full:
+            if number < self._skip and time.monotonic() < until:
                 continue
+            until = time.monotonic() + SIGN_SECONDS
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._rows) < MOST or self._is_left)
+                if self._is_left:
+                    return
+                if number < self._skip:
+                    self._signs += 1
+                else:
+                    self._rows.append(values)
+                self._changed.notify()

@@ -8,12 +8,13 @@ STALL_SECONDS, not even where the filesystem knows no time limit; the trouble wi
 
 import http.client
 import io
+import re
 import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, BinaryIO, Protocol, TypeVar
@@ -87,21 +88,34 @@ def file_name(url: str) -> str:
     return PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(url).path) if is_http(url) else url).name
 
 
-def expand(url: str) -> list[str]:
-    """The files that a folder or a pattern at a URL stands for, sorted; a file stands for itself."""
+def fixed(path: str) -> str:
+    """The folder that a pattern surely begins with."""
+    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+
+
+def expand(url: str, beside: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """(the folder, the files) that a folder or a pattern at a URL stands for; a file stands for itself.
+
+    Files named `beside` are found as well, where a folder on the way to a file has them all, whatever the pattern.
+    """
     if is_http(url):
-        return [url]
+        return url, [url]
     fs, path = _filesystem(url)
 
-    def find() -> list[str]:
+    def find() -> tuple[str, list[str]]:
         fs.invalidate_cache()
         if any(sign in path for sign in "*?[") and not fs.exists(path):
-            found = fs.glob(path, detail=True)
+            folder = fixed(path)
+            found = [one for one, info in fs.glob(path, detail=True).items() if info["type"] == "file"]
+            parents = {"/".join(one.split("/")[:n]) for one in found for n in range(folder.count("/") + 1, one.count("/") + 1)}
+            for parent in sorted(parents):
+                names = [f"{parent}/{name}" for name in beside]
+                found += names if all(map(fs.exists, names)) else []
         elif fs.isdir(path):
-            found = fs.find(path, detail=True)
+            folder, found = path, fs.find(path)
         else:
-            return [url]
-        return sorted(fs.unstrip_protocol(one) for one, info in found.items() if info["type"] == "file")
+            return url, [url]
+        return fs.unstrip_protocol(folder), sorted({fs.unstrip_protocol(one) for one in found})
 
     return _patiently(url, retry.Patience(), find)
 
@@ -196,7 +210,7 @@ def _spool(url: str, place: Place, patience: retry.Patience) -> BinaryIO:
         moved = [time.monotonic()]
         try:
             _copy(place, file, moved)
-            return file  # type: ignore[no-any-return]
+            return file
         except Exception as error:
             file.close()
             try:

@@ -118,37 +118,37 @@ def _local_files(given: str) -> list[str]:
         found = [str(file) for file in path.rglob("*") if file.is_file()]
         return _some_data(found, str(path), path)
     # a name with brackets or stars is a name first
-    matches = [Path(file) for file in glob.glob(str(path), recursive=True)]
-    if matches:
-        return _some_data([str(file) for file in matches if file.is_file()], str(path), Path(path.anchor))
-    if glob.has_magic(str(path)):
-        raise DataError(f"data.sources: {path}: no such file, and no file fits this pattern; set data.sources to where your data are")
-    raise DataError(f"data.sources: {path}: no such file or folder; set data.sources to where your data are")
+    matches = [file for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+    if not matches:
+        nothing = "no such file, and no file fits this pattern" if glob.has_magic(str(path)) else "no such file or folder"
+        raise DataError(f"data.sources: {path}: {nothing}; set data.sources to where your data are")
+    return _some_data(matches, str(path), Path(remote.fixed(str(path))))
 
 
 def _remote_files(url: str) -> list[str]:
-    found = remote.expand(url)
-    return _known(found) if found == [url] else _some_data(found, remote.shown(url), PurePath(""))
+    folder, found = remote.expand(url, beside=PREPARED)
+    return _known(found) if found == [url] else _some_data(found, remote.shown(url), PurePath(folder))
 
 
-def _some_data(files: list[str], where: str, below: PurePath) -> list[str]:
+def _some_data(files: list[str], where: str, folder: PurePath) -> list[str]:
     """Of many files those that can be read; nothing hidden, and nothing of a data directory that `prepare` made."""
-    names = {PurePath(file) for file in files}
-    known = {path for path in names if formats.ending(path.name) in formats.READERS}
-    prepared = {path.parent for path in names if path.name == PREPARED[0] and _is_prepared(path.parent, names)}
-    prepared |= {parent for path in known for parent in path.parents if _is_prepared(parent, names)}
-    wanted = {path for path in known if not any(part.startswith(".") for part in _parts(path, below)) and prepared.isdisjoint(path.parents)}
-    if not wanted:
+    names = {PurePath(file): file for file in files}
+
+    def is_prepared(parent: PurePath) -> bool:
+        return all(parent / name in names or Path(parent, name).is_file() for name in PREPARED)
+
+    parents = {parent for path in names for parent in path.parents if parent.is_relative_to(folder)}
+    prepared = set(filter(is_prepared, parents))
+    found = [
+        names[path]
+        for path in sorted(names)
+        if formats.ending(path.name) in formats.READERS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and prepared.isdisjoint(path.parents)
+    ]
+    if not found:
         raise DataError(f"data.sources: {where}: no file in it that can be read ({', '.join(formats.READERS)})")
-    return [file for file in sorted(files, key=PurePath) if PurePath(file) in wanted]
-
-
-def _is_prepared(folder: PurePath, names: set[PurePath]) -> bool:
-    return {folder / name for name in PREPARED} <= names or all(Path(folder, name).is_file() for name in PREPARED)
-
-
-def _parts(path: PurePath, below: PurePath) -> tuple[str, ...]:
-    return path.relative_to(below).parts if path.is_relative_to(below) else path.parts
+    return found
 
 
 def _known(files: list[str]) -> list[str]:
