@@ -19,7 +19,7 @@ import pytest
 
 from mistral_dist import retry
 from mistral_dist.config import Source
-from mistral_dist.data import hub_sets, remote
+from mistral_dist.data import hub_sets, places, remote
 from mistral_dist.data.example import Row
 from mistral_dist.data.sources import check, read, shards, state
 from mistral_dist.errors import DataError
@@ -119,9 +119,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(remote, "CONNECT_SECONDS", 0.3)
-    monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(remote, "BLOCK", 4096)
+    monkeypatch.setattr(places, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(places, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(places, "BLOCK", 4096)
     monkeypatch.setattr(retry, "SECONDS", 3.0)
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(retry, "LONGEST_WAIT", 0.3)
