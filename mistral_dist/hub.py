@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from mistral_dist import retry
 from mistral_dist.config import Model, Source
 from mistral_dist.errors import DataError, ModelError
 from mistral_dist.runtime import process
@@ -17,6 +18,12 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """Never *.bin or *.pt: pickles are not read."""
 UNWANTED = ["consolidated*", "original/*"]
 """The same weights a second time, in Mistral's own layout."""
+
+
+PATIENCE = 60.0
+"""Waits of a download, in seconds. Shorter than retry.SECONDS: a person looks on, and `fetch` goes on where it was."""
+STALL_SECONDS = 90.0
+"""An attempt to begin a stream; the library retries within it."""
 
 
 def endpoint() -> str:
@@ -64,7 +71,7 @@ def fetch_model(model: Model) -> Path:
         return local_path(model)
     url = f"{endpoint()}/{model.name}"
     try:
-        return _snapshot(model)
+        return _patience().attempt(lambda: _snapshot(model))
     except errors.GatedRepoError:
         raise ModelError(f"{url}: gated; accept its terms on that page, then {_log_in()}") from None
     except errors.RevisionNotFoundError:
@@ -91,15 +98,36 @@ def _snapshot(model: Model, **options: Any) -> Path:
 
 
 def fetch_data(source: Source) -> None:
-    """Download a data set into the cache of `datasets`. Raises DataError with its URL and the remedy."""
+    """Download a data set into the cache of `datasets`, unless it is to be streamed. Raises DataError with URL and remedy."""
+    if not source.streaming:
+        load_data(source)
+
+
+def load_data(source: Source) -> Any:
+    """A data set of the hub, from the cache or downloaded; or a stream of it. Raises DataError with URL and remedy."""
     import datasets
 
     url = f"{endpoint()}/datasets/{source.name}"
+    # a stream belongs to a long run, which a short outage need not end
+    patience = retry.Patience() if source.streaming else _patience()
+
+    def load() -> Any:
+        return datasets.load_dataset(source.name, name=source.subset, split=source.split, streaming=source.streaming)
+
     try:
-        datasets.load_dataset(source.name, name=source.subset, split=source.split)
+        return patience.attempt(lambda: retry.within(STALL_SECONDS, load) if source.streaming else load())
     except Exception as error:  # the library wraps the hub's errors in many of its own
         remedy = f"check data.sources.name and .split, or {_log_in()}; {_without_network('data.sources.path')}"
         raise DataError(f"{url}: cannot be had ({_first_line(error)}); {remedy}") from None
+
+
+def _patience() -> retry.Patience:
+    # a person waits for a download, and had better know at once that there is no network
+    return retry.Patience(PATIENCE, worth=_may_heal, waits_only=True)
+
+
+def _may_heal(error: BaseException) -> bool:
+    return retry.is_transient(error) and not retry.is_unreachable(error)
 
 
 def is_reachable() -> bool:

@@ -1,191 +1,161 @@
-"""Files, folders and hub data sets -> rows, each with the place that a person can look up.
+"""Sources -> shards -> raw rows, each with the place that a person can look up.
 
-Text formats are read here, line by line, so that a text stays the text it is (a CSV cell `NA`, a label `01`, a JSON string
-`2024-01-31`) and a mistake has its line. Parquet, JSON arrays and the hub are the `datasets` library's. A place is
-`file:line` for JSON Lines and text, `file row N` elsewhere.
+A shard is read from beginning to end, or from a position on: a byte offset in uncompressed .jsonl and .txt (a seek costs
+nothing), a row or line number elsewhere (what comes before is read again, but for Parquet's row groups). A place is
+`file:line` for JSON Lines and text, `file row N` elsewhere. Where reading began at a byte offset, the number of the line is
+not known, and the place is `file@byte N`, the byte at which the line begins.
+
+Nothing is raised for one bad row: it is for rows.py to find. A file that cannot be read is a DataError.
 """
 
-import csv
 import glob
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import fsspec
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, Protocol
 
 from mistral_dist.config import Source
+from mistral_dist.data import formats, hub_sets, remote
+from mistral_dist.data.example import Row
 from mistral_dist.errors import DataError
+from mistral_dist.retry import reason
 
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-Values = dict[str, Any]
+PREPARED = ("manifest.json", "quarantine.jsonl")
+"""A folder that holds both is a data directory of ours, and no source."""
+
+
+class Shard(Protocol):
+    """What is read from beginning to end: one file, or one part of a hub data set. It can be sent to another process."""
+
+    @property
+    def name(self) -> str:
+        """Path or URL, and part, as errors name it."""
+
+    def rows(self, start: int = 0) -> Iterator[tuple[int, Row]]:
+        """Rows from a position on, each with the position after it. Raises DataError for what cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One raw record: its columns and where it stands."""
+class FileShard:
+    """One file, on this machine or at a URL."""
 
-    place: str
-    values: Values
+    path: str
 
+    @property
+    def name(self) -> str:
+        """The path, or the URL without what is secret in it."""
+        return remote.shown(self.path) if remote.is_remote(self.path) else self.path
 
-def check(sources: tuple[Source, ...]) -> None:
-    """Refuse local sources that are missing or of no known format, before anything else is done."""
-    for source in sources:
-        if source.path is not None:
-            local_files(source)
-
-
-def local_files(source: Source) -> list[Path]:
-    """The files of a local source, sorted. Raises DataError where there is none that can be read."""
-    path = Path(source.path or "").expanduser()
-    if not path.exists():
-        raise DataError(f"data.sources: {path}: no such file or folder; set data.sources to where your data are")
-    files = sorted(_data_files(path)) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"data.sources: {path}: no file in it that can be read ({', '.join(READERS)})")
-    for file in files:
-        if _ending(file) not in READERS:
-            raise DataError(f"data.sources: {file}: unknown format {file.suffix!r}; known are {', '.join(READERS)}")
-    return files
-
-
-def _data_files(folder: Path) -> Iterator[Path]:
-    """What can be read in a folder, but nothing hidden and nothing of a data directory that `prepare` made."""
-    prepared = {manifest.parent for manifest in folder.rglob("manifest.json") if (manifest.parent / "quarantine.jsonl").is_file()}
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and _ending(path) in READERS and not hidden and prepared.isdisjoint(path.parents):
-            yield path
-
-
-def read(sources: tuple[Source, ...]) -> Iterator[Row]:
-    """All rows of all sources, in order. Raises DataError naming the file (or data set) that cannot be read."""
-    for source in sources:
-        for row in _read_local(source) if source.path else _read_hub(source):
-            yield Row(row.place, _renamed(row, source.columns))
-
-
-def state(sources: tuple[Source, ...]) -> dict[str, list[int]]:
-    """What the local files look like now, as {path: [bytes, mtime in ns]}: changed means prepare again."""
-    files = [file for source in sources if source.path for file in local_files(source)]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-
-
-def _read_local(source: Source) -> Iterator[Row]:
-    for file in local_files(source):
+    def rows(self, start: int = 0) -> Iterator[tuple[int, Row]]:
+        """Rows from a position on, each with the position after it."""
         row = None
         try:
-            for row in READERS[_ending(file)](file):
-                yield row
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-            last = f"after {row.place}" if row else "from its beginning"
-            raise DataError(f"{file}: cannot be read {last}: {_one_line(error)}; mend the file or remove it from data.sources") from error
-        if row is None:
-            raise DataError(f"{file}: empty; remove it from data.sources or fill it")
+            with self._open() as stream:
+                for position, row in formats.read(stream, self._file_name(), self.name, start):
+                    yield position, row
+        except formats.BROKEN as error:
+            last = f"after {row.place}" if row else f"from position {start} on" if start else "from its beginning"
+            remedy = "" if isinstance(error, formats.Damaged) else "; mend the file or remove it from data.sources"
+            raise DataError(f"{self.name}: cannot be read {last}: {reason(error)}{remedy}") from error
+        if row is None and not start:
+            raise DataError(f"{self.name}: empty; remove it from data.sources or fill it")
+
+    def _open(self) -> BinaryIO:
+        return remote.open_remote(self.path) if remote.is_remote(self.path) else open(self.path, "rb")
+
+    def _file_name(self) -> str:
+        return remote.file_name(self.path) if remote.is_remote(self.path) else self.path
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends; a byte-order mark at the beginning is not part of the first."""
-    with fsspec.open(str(file), "rb", compression="infer") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-
-
-def _json_lines(file: Path) -> Iterator[Row]:
-    for number, line in _lines(file):
-        if not line.strip():
+def check(sources: Iterable[Source]) -> None:
+    """Refuse sources that are missing or of no known format, before anything else is done. Asks no network."""
+    for source in sources:
+        if source.path is None:
             continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}:{number}: not valid JSON ({error.msg} at character {error.pos + 1}); mend or remove the line"
-            ) from None
-        if not isinstance(values, dict):
-            raise DataError(f"{file}:{number}: a row is an object {{...}}, this is a {type(values).__name__}; mend or remove the line")
-        yield Row(f"{file}:{number}", values)
+        if not remote.is_remote(source.path):
+            _local_files(source.path)
+        elif remote.is_http(source.path):
+            _known([source.path])
 
 
-def _text_lines(file: Path) -> Iterator[Row]:
-    for number, line in _lines(file):
-        yield Row(f"{file}:{number}", {"text": line})
+def shards(source: Source) -> list[Shard]:
+    """The shards of a source, in an order that is the same on every machine. Raises DataError where there is none."""
+    if source.path is None:
+        return list(hub_sets.shards(source))
+    return [FileShard(file) for file in _files(source.path)]
 
 
-def _document(file: Path) -> Iterator[Row]:
-    text = "\n".join(line for _, line in _lines(file))
-    if text:
-        yield Row(f"{file}", {"text": text})
+def read(sources: Iterable[Source]) -> Iterator[tuple[int, Row]]:
+    """All rows of all sources, in order, each with the index of its source."""
+    for index, source in enumerate(sources):
+        for shard in shards(source):
+            for _, row in shard.rows():
+                yield index, row
 
 
-def _csv(file: Path) -> Iterator[Row]:
-    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as stream:
-        for number, values in enumerate(csv.DictReader(stream, strict=True), 1):
-            if None in values or None in values.values():
-                raise DataError(f"{file} row {number}: has another number of cells than the header; mend or remove the row")
-            yield Row(f"{file} row {number}", dict(values))
+def state(sources: Iterable[Source]) -> dict[str, list[Any]]:
+    """What the files look like now, as {path: [bytes, mtime in ns]} or {URL: [bytes, ETag]}: changed means prepare again."""
+    found: dict[str, list[Any]] = {}
+    for path in [source.path for source in sources if source.path is not None]:
+        for file in _files(path):
+            if remote.is_remote(file):
+                found[remote.shown(file)] = remote.state(file)
+            else:
+                stat = Path(file).stat()
+                found[file] = [stat.st_size, stat.st_mtime_ns]
+    return found
 
 
-def _parquet(file: Path) -> Iterator[Row]:
-    return _library("parquet", str(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
+def _files(path: str) -> list[str]:
+    return _remote_files(path) if remote.is_remote(path) else _local_files(path)
 
 
-def _json(file: Path) -> Iterator[Row]:
-    return _library("json", str(file), data_files=[glob.escape(str(file))], split="train", streaming=True)
+def _local_files(given: str) -> list[str]:
+    path = Path(given).expanduser()
+    if path.is_file():
+        return _known([str(path)])
+    if path.is_dir():
+        found = [str(file) for file in path.rglob("*") if file.is_file()]
+        return _some_data(found, str(path), path)
+    # a name with brackets or stars is a name first
+    matches = [file for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+    if not matches:
+        nothing = "no such file, and no file fits this pattern" if glob.has_magic(str(path)) else "no such file or folder"
+        raise DataError(f"data.sources: {path}: {nothing}; set data.sources to where your data are")
+    return _some_data(matches, str(path), Path(remote.fixed(str(path))))
 
 
-# a cell may be as long as a document; the library's own limit is 128 KB
-csv.field_size_limit(2**31 - 1)
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _text_lines,
-    ".md": _document,
-}
-"""File ending, without that of a compression -> how its rows are read."""
+def _remote_files(url: str) -> list[str]:
+    folder, found = remote.expand(url, beside=PREPARED)
+    return _known(found) if found == [url] else _some_data(found, remote.shown(url), PurePath(folder))
 
 
-def _read_hub(source: Source) -> Iterator[Row]:
-    # not streaming: what `mistral-dist fetch` has put on this machine is read without a network
-    options = {"name": source.subset, "split": source.split, "streaming": False}
-    what = "/".join(part for part in (source.name, source.subset) if part)
-    return _library(source.name or "", f"{what}[{source.split}]", **options)
+def _some_data(files: list[str], where: str, folder: PurePath) -> list[str]:
+    """Of many files those that can be read; nothing hidden, and nothing of a data directory that `prepare` made."""
+    names = {PurePath(file): file for file in files}
+
+    def is_prepared(parent: PurePath) -> bool:
+        return all(parent / name in names or Path(parent, name).is_file() for name in PREPARED)
+
+    parents = {parent for path in names for parent in path.parents if parent.is_relative_to(folder)}
+    prepared = set(filter(is_prepared, parents))
+    found = [
+        names[path]
+        for path in sorted(names)
+        if formats.ending(path.name) in formats.READERS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and prepared.isdisjoint(path.parents)
+    ]
+    if not found:
+        raise DataError(f"data.sources: {where}: no file in it that can be read ({', '.join(formats.READERS)})")
+    return found
 
 
-def _library(loader: str, what: str, **options: Any) -> Iterator[Row]:
-    """The rows that `datasets` reads; its errors come out as one line that names `what`."""
-    import datasets
-
-    number = 0
-    try:
-        for number, values in enumerate(datasets.load_dataset(loader, **options), start=1):
-            yield Row(f"{what} row {number}", values)
-    except GeneratorExit:
-        raise
-    except Exception as error:  # whatever the reader of a foreign format raises
-        raise DataError(
-            f"{what}: cannot be read after row {number}: {_one_line(error.__cause__ or error)}; mend it or remove it"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _renamed(row: Row, columns: dict[str, str]) -> Values:
-    for theirs in columns.values():
-        if theirs not in row.values:
-            raise DataError(f"{row.place}: no column {theirs!r}; data.sources.columns may name {', '.join(row.values)}")
-    return {**row.values, **{ours: row.values[theirs] for ours, theirs in columns.items()}}
-
-
-def _ending(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
-    return suffixes[-1] if suffixes else ""
+def _known(files: list[str]) -> list[str]:
+    for file in files:
+        name = remote.file_name(file) if remote.is_remote(file) else file
+        if formats.ending(PurePath(name).name) not in formats.READERS:
+            shown = remote.shown(file) if remote.is_remote(file) else file
+            kind = PurePath(name).suffix
+            raise DataError(f"data.sources: {shown}: unknown format {kind!r}; known are {', '.join(formats.READERS)}")
+    return files

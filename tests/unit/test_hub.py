@@ -40,6 +40,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.refuse: dict[str, Reply] = {}
+        self.heals_after = 10**6
+        """So many refusals are given, then the answer."""
         self.asked: list[str] = []
 
     @property
@@ -49,7 +51,8 @@ class Hub(ThreadingHTTPServer):
     def reply(self, path: str) -> Reply:
         self.asked.append(path)
         for start, reply in self.refuse.items():
-            if path.startswith(start):
+            if path.startswith(start) and self.heals_after > 0:
+                self.heals_after -= 1
                 return reply
         if path.startswith(f"/api/models/{NAME}/tree/"):
             return json_reply([{"type": "file", "path": name, "size": len(body), "oid": oid(body)} for name, body in FILES.items()])
@@ -132,7 +135,8 @@ def python(tmp_path: Path) -> Fetch:
 @pytest.fixture
 def fetch(python: Fetch, recipe: Path) -> Fetch:
     def start(*overrides: str, endpoint: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        return python("-m", "mistral_dist.cli", "fetch", recipe, *overrides, endpoint=endpoint, **environment)
+        impatient = "from mistral_dist import hub, cli; hub.PATIENCE = 2.0; cli.main()"
+        return python("-c", impatient, "fetch", recipe, *overrides, endpoint=endpoint, **environment)
 
     return start
 
@@ -171,6 +175,21 @@ def test_a_refusal_is_one_line_with_url_and_remedy(hub: Hub, fetch: Fetch, path:
     line = the_line(fetch(endpoint=hub.url))
     for word in [f"{hub.url}/{NAME}", *words]:
         assert word in line
+
+
+@pytest.mark.parametrize("status", [0, 503, 429])
+def test_what_heals_is_waited_for(hub: Hub, fetch: Fetch, status: int) -> None:
+    hub.refuse[f"/api/models/{NAME}"] = refusal(status)
+    hub.heals_after = 1
+    done = fetch(endpoint=hub.url)
+    assert done.returncode == 0, done.stderr
+    assert hub.heals_after == 0
+
+
+def test_what_does_not_heal_is_not_asked_for_again(hub: Hub, fetch: Fetch) -> None:
+    hub.refuse[f"/api/models/{NAME}"] = refusal(404, "RepoNotFound", "Repository not found")
+    the_line(fetch(endpoint=hub.url))
+    assert len(hub.asked) == 1
 
 
 def test_who_has_a_token_is_not_told_to_log_in(hub: Hub, fetch: Fetch) -> None:
