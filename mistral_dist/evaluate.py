@@ -23,14 +23,14 @@ import torch
 
 from mistral_dist.checkpoint import latest_good, load_progress
 from mistral_dist.config import Recipe
-from mistral_dist.data.encode import Candidates, Encoder
+from mistral_dist.data.encode import Candidates, Encoder, load_encoder
+from mistral_dist.data.example import from_record
 from mistral_dist.data.pack import best_fit
-from mistral_dist.data.prepare import Prepared, example_of, open_prepared
+from mistral_dist.data.prepare import Prepared, open_prepared
 from mistral_dist.data.split import TEST
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.errors import FINISHED, DataError, MistralDistError, RunError
 from mistral_dist.files import write_text
-from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
 from mistral_dist.metrics import confusion_matrix, report
 from mistral_dist.model import load_tuned
@@ -45,7 +45,7 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, A
 
     Raises DataError where nothing was held out, RunError where the data are not those that the run was trained on.
     """
-    encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+    encoder = load_encoder(recipe)
     prepared = open_prepared(recipe, encoder)
     held_out = HeldOut.of(run, prepared)
     # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for
@@ -167,7 +167,7 @@ def _measure_loss(
     sums = {name: [0.0, 0.0] for name in MODELS}
     rows = _rows({index: records[index]["tokens"] for index in _mine(records, runtime)}, recipe.evaluate.max_tokens)
     for name, row in _passes(model, rows, runtime, run):
-        batch = Batch(**collate([encoder.encode(example_of(records[i])) for i in row]), ids=())
+        batch = Batch(**collate([encoder.encode(from_record(records[i])) for i in row]), ids=())
         with torch.no_grad():
             sums[name][0] += float(summed_loss(model, batch.to(runtime.device)))
         sums[name][1] += len(batch.targets)

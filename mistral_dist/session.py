@@ -17,7 +17,8 @@ from mistral_dist import checkpoint
 from mistral_dist.checkpoint import Progress
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoded, Encoder
-from mistral_dist.data.prepare import Prepared, example_of
+from mistral_dist.data.example import from_record
+from mistral_dist.data.prepare import Prepared
 from mistral_dist.data.split import TRAIN
 from mistral_dist.data.stream import Plan, Stream, Work
 from mistral_dist.errors import FAILED, FINISHED, DataError, MistralDistError, RunError, TrainingError
@@ -295,7 +296,7 @@ class _Examples:
 
     def encode(self, index: int) -> tuple[str, Encoded]:
         record = self._split[index]
-        encoded = self._encoder.encode(example_of(record))
+        encoded = self._encoder.encode(from_record(record))
         if (len(encoded.ids), len(encoded.targets)) != (record["tokens"], record["targets"]):
             # the plan, the loss's denominator and the number of steps stand on the stored lengths
             raise DataError(f"{record['place']}: is encoded to another length than when it was prepared; run `mistral-dist prepare` again")

@@ -92,11 +92,10 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
     """
     # these import transformers and datasets, seconds that a mistyped recipe need not wait for
     from mistral_dist.data import prepare, sources
-    from mistral_dist.data.encode import Encoder
-    from mistral_dist.hub import load_tokenizer
+    from mistral_dist.data.encode import load_encoder
 
     sources.check(recipe.data.sources)
-    encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+    encoder = load_encoder(recipe)
     if prepare.read_manifest(recipe.data_dir) is None:
         return prepare.prepare(recipe, encoder, track)
     if again and not prepare.is_current(recipe, encoder):

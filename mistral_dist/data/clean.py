@@ -4,7 +4,6 @@ What comes out is a list of `Example`, in the order of the sources, and an `Audi
 rows read = examples kept + rows dropped, by reason.
 """
 
-import hashlib
 import re
 import unicodedata
 from collections import Counter
@@ -16,11 +15,11 @@ import ftfy
 import rensa
 
 from mistral_dist.config import Data, Task
+from mistral_dist.data.example import Example, Message
 from mistral_dist.data.sources import Row
 from mistral_dist.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-Message = dict[str, str]
 
 REPAIR = ftfy.TextFixerConfig(
     uncurl_quotes=False, unescape_html=False, fix_latin_ligatures=False, fix_character_width=False, normalization="NFC"
@@ -33,28 +32,6 @@ BANDS = 32
 """Bands of 4 rows: two texts of similarity 0.8 share one with probability 1 - (1 - 0.8^4)^32 > 0.9999."""
 SHINGLE = 5
 """Words in a shingle."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One training item: a text (classification with its label, pretrain without) or a conversation."""
-
-    place: str
-    text: str = ""
-    label: str = ""
-    messages: tuple[Message, ...] = ()
-    ends: bool = True
-    """pretrain: whether the text ends its document; only then does the model learn to stop after it."""
-
-    @property
-    def content(self) -> str:
-        """Everything the example says but its label: what makes two examples the same."""
-        return self.text or "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
-
-    @property
-    def id(self) -> str:
-        """16 hex digits of SHA-256 of the content: stable across files, orders and machines."""
-        return hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass

@@ -26,8 +26,9 @@ import numpy as np
 
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data import sources
-from mistral_dist.data.clean import Audit, Example, clean
+from mistral_dist.data.clean import Audit, clean
 from mistral_dist.data.encode import Encoded, Encoder
+from mistral_dist.data.example import BadRow, Example, to_record
 from mistral_dist.data.split import SPLITS, TRAIN, split
 from mistral_dist.errors import DataError
 from mistral_dist.files import ASIDE, aside_of, publish, read_json
@@ -45,7 +46,9 @@ FEATURES = datasets.Features(
         "text": datasets.Value("string"),
         "label": datasets.Value("string"),
         "ends": datasets.Value("bool"),
-        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "messages": datasets.Value("string"),
+        "tools": datasets.Value("string"),
+        "source": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
         "targets": datasets.Value("int32"),
     }
@@ -140,12 +143,6 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return read_json(path / "manifest.json")
 
 
-def example_of(record: dict[str, Any]) -> Example:
-    """The example that a record of a shard holds."""
-    messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in record["messages"])
-    return Example(record["place"], record["text"], record["label"], messages, record["ends"])
-
-
 def _key(recipe: Recipe, encoder: Encoder) -> str:
     """What decides the content of a data directory, beside the sources themselves."""
     data = recipe.data.model_dump(mode="json", exclude={"dir"})
@@ -180,7 +177,11 @@ def _measured(examples: Iterable[Example], recipe: Recipe, encoder: Encoder, aud
         if recipe.task.kind == "pretrain":
             yield from _pieces(example, capacity, encoder)
             continue
-        encoded = encoder.encode(example)
+        try:
+            encoded = encoder.encode(example)
+        except BadRow as bad:
+            audit.drop(example, bad.reason, bad.because)
+            continue
         if len(encoded.ids) <= capacity:
             yield _record(example, example.id, example.id, encoded)
         elif recipe.data.overlong == "drop":
@@ -225,11 +226,7 @@ def _record(example: Example, name: str, document: str, encoded: Encoded) -> dic
     return {
         "id": name,
         "document": document,
-        "place": example.place,
-        "text": example.text,
-        "label": example.label,
-        "ends": example.ends,
-        "messages": list(example.messages),
+        **to_record(example),
         "tokens": len(encoded.ids),
         "targets": len(encoded.targets),
     }

@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from mistral_dist.data.clean import Example
+from mistral_dist.data.example import Example
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 

@@ -3,7 +3,8 @@
 import pytest
 
 from mistral_dist.config import Data, Task
-from mistral_dist.data.clean import Audit, Example, clean, read_example, repair
+from mistral_dist.data.clean import Audit, clean, read_example, repair
+from mistral_dist.data.example import Example
 from mistral_dist.data.sources import Row
 from mistral_dist.errors import DataError
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mistral_dist.config import Task
-from mistral_dist.data.clean import Example
 from mistral_dist.data.encode import Encoder
+from mistral_dist.data.example import BadRow, Example
 from mistral_dist.errors import DataError, ModelError
 
 
@@ -60,8 +60,8 @@ def test_candidates_share_the_prompt_of_the_training_example(tokenizer: Any) -> 
     candidates = encoder.candidates("A film")
     for label, answer in zip(task.labels, candidates.answers, strict=True):
         encoded = encoder.encode(Example("f:1", text="A film", label=label))
-        assert encoded.ids == candidates.prompt + answer
-        assert encoded.targets == list(range(len(candidates.prompt), len(encoded.ids)))
+        assert encoded.ids.tolist() == candidates.prompt + answer
+        assert encoded.targets.tolist() == list(range(len(candidates.prompt), len(encoded.ids)))
 
 
 def test_the_stop_token_is_learned_although_it_is_the_pad_token(tokenizer: Any) -> None:
@@ -71,15 +71,19 @@ def test_the_stop_token_is_learned_although_it_is_the_pad_token(tokenizer: Any) 
 
 
 def test_no_answer_no_target_no_example(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"f:1: no target token .*add an answer or remove the row"):
+    with pytest.raises(BadRow, match=r"no_target: no target token .*add an answer or remove the row"):
         Encoder(tokenizer, Task(kind="chat")).encode(conversation("u:Hi"))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% for m in messages %}{{ m.role if loop.last else 'x' }} {{ m.content }}<|im_end|>{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(DataError, match="tokenized differently with what follows"):
-        Encoder(tokenizer, Task(kind="chat")).encode(conversation("u:Hi", "a:Ho", "u:Hi", "a:Ho"))
+    encoder = Encoder(tokenizer, Task(kind="chat"))
+    example = conversation("u:Hi", "a:Ho", "u:Hi", "a:Ho")
+    with pytest.raises(BadRow, match="answer_moved: turn 2: what follows it changes the prompt"):
+        encoder.encode(example)
+    with pytest.raises(BadRow, match="tokenized_differently: turn 4: the prompt that a server would show"):
+        encoder.unrolled(example)
 
 
 def test_a_template_without_a_stop_token_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +94,7 @@ def test_a_template_without_a_stop_token_is_refused(tokenizer: Any, monkeypatch:
 
 def test_what_the_template_says_is_passed_on(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"f:1: the chat template refuses these turns \(user assistant\): roles must alternate"):
+    with pytest.raises(BadRow, match=r"template_refuses: the chat template refuses these turns \(user assistant\): roles must alternate"):
         Encoder(tokenizer, Task(kind="chat")).encode(conversation("u:Hi", "a:Ho"))
 
 

@@ -11,9 +11,9 @@ import transformers
 
 from mistral_dist.config import Model, Recipe, Task
 from mistral_dist.data import prepare as module
-from mistral_dist.data.clean import Example
 from mistral_dist.data.encode import Encoder
-from mistral_dist.data.prepare import Prepared, example_of, open_prepared, prepare, read_manifest, sources_changed
+from mistral_dist.data.example import Example, from_record
+from mistral_dist.data.prepare import Prepared, open_prepared, prepare, read_manifest, sources_changed
 from mistral_dist.data.split import SPLITS
 from mistral_dist.errors import WRONG_INPUT, DataError
 from mistral_dist.hub import load_tokenizer
@@ -118,7 +118,7 @@ def test_the_stored_lengths_are_those_of_the_encoding(write_recipe: WriteRecipe,
     recipe, found = prepared(write_recipe())
     encoder = Encoder(tokenizer, recipe.task)
     for record in records(found)[::7]:
-        encoded = encoder.encode(example_of(record))
+        encoded = encoder.encode(from_record(record))
         assert (len(encoded.ids), len(encoded.targets)) == (record["tokens"], record["targets"])
 
 
@@ -134,7 +134,7 @@ def test_to_prepare_twice_gives_the_same(write_recipe: WriteRecipe, prepared: Ma
 def test_conversations_come_back_as_they_were(write_recipe: WriteRecipe, prepared: Make) -> None:
     rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a {n}"}]} for n in range(20)]
     _, found = prepared(write_recipe(rows=rows, task=CHAT))
-    asked = {example_of(record).messages[0]["content"]: example_of(record).messages for record in records(found)}
+    asked = {from_record(record).messages[0]["content"]: from_record(record).messages for record in records(found)}
     assert asked == {row["messages"][0]["content"]: tuple(row["messages"]) for row in rows}
 
 
@@ -215,7 +215,7 @@ def test_long_texts_are_cut_into_pieces_that_fit_and_lose_nothing(
     encoder = Encoder(tokenizer, recipe.task)
     pieces: dict[str, dict[int, str]] = {}
     for record in records(found):
-        assert record["tokens"] == len(encoder.encode(example_of(record)).ids) <= max_length
+        assert record["tokens"] == len(encoder.encode(from_record(record)).ids) <= max_length
         place, _, part = record["place"].partition(" part ")
         pieces.setdefault(place, {})[int(part or 1)] = record["text"]
     assert found.manifest["dropped"] == {}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_dist.data.clean import Example
+from mistral_dist.data.example import Example
 from mistral_dist.data.split import SPLITS, split
 
 
