@@ -198,18 +198,18 @@ class TemplateFormat:
         return texts
 
     def _apply(self, conversations: Sequence[Sequence[Message]], tools: Sequence[dict[str, Any]], answer_follows: bool) -> list[str]:
-        from transformers.utils import chat_template_utils
+        """What `apply_chat_template` renders, at less than half its cost for short turns.
 
-        render: Any = chat_template_utils.render_jinja_template  # its annotations are narrower than what it takes, and wrong
+        transformers compiles the template in its sandbox. It then copies the turns into plain JSON types, which ours are, and
+        jinja copies all names that a template may use for each render; both took 20 us, where tokenizing 60 tokens takes 90.
+        """
         offered = list(tools) or None
-        texts, _ = render(
-            conversations=conversations,
-            tools=offered,
-            chat_template=self._tokenizer.get_chat_template(None, offered),
-            add_generation_prompt=answer_follows,
-            **self._tokenizer.special_tokens_map,
-        )
-        return texts
+        template = _compiled(self._tokenizer.get_chat_template(None, offered))
+        names = {**template.globals, **self._tokenizer.special_tokens_map}
+        names |= {"tools": offered, "documents": None, "add_generation_prompt": answer_follows}
+        return [
+            "".join(template.root_render_func(template.new_context({**names, "messages": turns}, shared=True))) for turns in conversations
+        ]
 
     def _template_keeps_system(self) -> bool:
         """Whether the text of a system turn is shown, before an answer and with it.
@@ -233,6 +233,14 @@ class TemplateFormat:
             raise ModelError(
                 f"{self._tokenizer.name_or_path}: the chat template ends no answer with {token!r}; the model would never learn to stop"
             )
+
+
+def _compiled(template: str) -> Any:
+    """The template in transformers' own environment: its sandbox, filters and functions. Kept between calls there."""
+    from transformers.utils import chat_template_utils
+
+    compile_once: Any = chat_template_utils._compile_jinja_template
+    return compile_once(template)
 
 
 def as_served(turn: Message) -> Message:

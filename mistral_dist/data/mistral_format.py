@@ -17,8 +17,6 @@ from mistral_dist.errors import ModelError
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 """What version 3 wants of the id of a tool call."""
 VERSIONED = re.compile(r"tokenizer\.model\.v(\d+)(m\d+)?")
-KNOWN_TEXTS = 10_000
-"""Texts whose ids are kept while a batch is encoded: each turn comes again in the prompts of all later answers."""
 
 
 def tokenizer_file(folder: Path, *, plain: bool) -> Path | None:
@@ -55,7 +53,7 @@ class MistralFormat:
             )
         self._knows_tools = self._library.version.value != "v1"
         instruct: Any = self._library.instruct_tokenizer
-        instruct.tokenizer = _Memory(self._tokenizer)
+        self._memory = instruct.tokenizer = _Memory(self._tokenizer)
         # the library decodes each result for its debugging, a third of its time; the ids do not depend on it
         instruct.decode = _no_text
 
@@ -78,8 +76,9 @@ class MistralFormat:
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids up to where the assistant begins to answer. Raises BadRow."""
-        request = self._messages(conversation)
-        return self._ids(request, self._tools(conversation.tools), conversation.turns)
+        self._memory.forget()
+        messages = self._messages(conversation)
+        return self._ids(messages, self._tools(conversation.tools), conversation.turns)
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | BadRow]:
         """Ids and answers of each conversation, or why it has none."""
@@ -92,6 +91,7 @@ class MistralFormat:
         return found
 
     def _render(self, conversation: Conversation) -> Rendered:
+        self._memory.forget()
         turns, messages, tools = conversation.turns, self._messages(conversation), self._tools(conversation.tools)
         ids = self._ids(messages, tools, turns)
         answers = {}
@@ -158,7 +158,7 @@ def _no_text(*_: Any, **__: Any) -> str:
 
 
 class _Memory:
-    """A tokenizer of the library's that remembers the ids of texts."""
+    """A tokenizer of the library's that remembers texts: each turn comes again in the prompts of all later answers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -169,10 +169,11 @@ class _Memory:
             return list(self._tokenizer.encode(s, bos=bos, eos=eos))
         ids = self._known.get(s)
         if ids is None:
-            if len(self._known) >= KNOWN_TEXTS:
-                self._known.clear()
             ids = self._known[s] = self._tokenizer.encode(s, bos=False, eos=False)
         return ids.copy()  # the library appends to what it gets
+
+    def forget(self) -> None:
+        self._known.clear()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
