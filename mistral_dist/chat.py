@@ -7,10 +7,9 @@ import torch
 import transformers
 
 from mistral_dist.config import Recipe
-from mistral_dist.data.encode import Encoder
+from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import Message
 from mistral_dist.evaluate import MODELS, as_model, label_row, label_scores
-from mistral_dist.hub import load_tokenizer
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
 
@@ -23,7 +22,7 @@ class Chat:
     def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+        self.encoder = load_encoder(recipe)
         self.model = load_tuned(recipe.model, run.adapter, self.device, "sdpa")
 
     def classify(self, text: str) -> dict[str, dict[str, float]]:
@@ -40,11 +39,7 @@ class Chat:
     @torch.no_grad()
     def reply(self, turns: Sequence[Message], streamer: Any = None) -> str:
         """The tuned model's greedy answer to a conversation (pretrain: the continuation of the last turn's text)."""
-        if self.recipe.task.kind == "pretrain":
-            begin = self.encoder.tokenizer.bos_token_id
-            ids = [*([] if begin is None else [begin]), *self.encoder.tokenizer.encode(turns[-1]["content"], add_special_tokens=False)]
-        else:
-            ids = self.encoder.prompt(turns)
+        ids = self.encoder.prompt(turns)
         prompt = torch.tensor([ids], device=self.device)
         output = self.model.generate(
             input_ids=prompt,

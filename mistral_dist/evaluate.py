@@ -23,7 +23,7 @@ import torch
 
 from mistral_dist.checkpoint import latest_good, load_progress
 from mistral_dist.config import Recipe
-from mistral_dist.data.encode import Candidates, Encoder
+from mistral_dist.data.encode import Candidates, Encoder, load_encoder
 from mistral_dist.data.example import from_record
 from mistral_dist.data.pack import best_fit
 from mistral_dist.data.prepared import Prepared, open_prepared
@@ -31,7 +31,6 @@ from mistral_dist.data.split import TEST
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.errors import FINISHED, DataError, MistralDistError, RunError
 from mistral_dist.files import write_text
-from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
 from mistral_dist.metrics import confusion_matrix, report
 from mistral_dist.model import load_tuned
@@ -46,7 +45,7 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, A
 
     Raises DataError where nothing was held out, RunError where the data are not those that the run was trained on.
     """
-    encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+    encoder = load_encoder(recipe)
     prepared = open_prepared(recipe, encoder)
     held_out = HeldOut.of(run, prepared)
     # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for

@@ -14,7 +14,7 @@ from mistral_dist.config import Model, Source
 from mistral_dist.errors import DataError, ModelError
 from mistral_dist.runtime import process
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "*.model", "tokenizer.model*", "*.txt", "*.jinja"]
 """Never *.bin or *.pt: pickles are not read."""
 UNWANTED = ["consolidated*", "original/*"]
 """The same weights a second time, in Mistral's own layout."""
@@ -53,7 +53,9 @@ def load_tokenizer(model: Model) -> Any:
 
     path = local_path(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        # mistral_format: where mistral-common is installed, the library takes it for Mistral's tokenizers; adapters are
+        # saved with the Hugging Face tokenizer, whatever they were trained with
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code, mistral_format=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from error
     tokenizer.name_or_path = model.name

@@ -11,11 +11,10 @@ import sys
 import torch
 
 from mistral_dist.config import Recipe
-from mistral_dist.data.encode import Encoder
+from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.prepared import open_prepared
 from mistral_dist.data.stream import Work
 from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingError
-from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
@@ -26,7 +25,7 @@ from mistral_dist.session import Session, StepResult, note_failure, open_run, op
 
 def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest) -> int:
     """Train to the end, or to a stop request; return FINISHED or STOPPED."""
-    encoder = Encoder(load_tokenizer(recipe.model), recipe.task)
+    encoder = load_encoder(recipe)
     prepared = open_prepared(recipe, encoder)
     stream = open_stream(recipe, prepared, encoder, runtime.rank, runtime.world_size)
     session = Session.start(recipe, runtime, run, prepared, stream.plan.steps)

@@ -1,30 +1,45 @@
-"""An example -> token ids and targets. The chat template lives here and nowhere else.
+"""An example -> token ids and targets.
 
 Training, evaluation and chat all go through `Encoder`, so that what is trained is what is asked. The targets of a
-conversation are the assistant's turns, each with the token that ends it; of a plain text, every token but the first.
+conversation are the assistant's turns, each with the token that ends it; of a plain text, every token but the first. How a
+conversation becomes tokens is the business of its format: the tokenizer's chat template, or Mistral's own library.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from mistral_dist.config import Task
-from mistral_dist.data.clean import Example, Message
+import numpy as np
+
+from mistral_dist.config import Model, Recipe, Task
+from mistral_dist.data.chat_format import ChatFormat, Conversation, Rendered, TemplateFormat, as_served
+from mistral_dist.data.example import BadRow, Example, Message, canonical
+from mistral_dist.data.mistral_format import MistralFormat, tokenizer_file
 from mistral_dist.errors import DataError, ModelError
+from mistral_dist.hub import load_tokenizer, local_path
+
+MOVED = "answer_moved"
+"""The reason of a BadRow that `Encoder.unrolled` mends: the format moves things, so no single row of ids serves all answers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """Token ids of one example, and the positions (ascending, never 0) of those that the loss counts."""
 
-    ids: list[int]
-    targets: list[int]
+    ids: np.ndarray
+    """int32 [tokens]"""
+    targets: np.ndarray
+    """int64 [targets]"""
 
-    def __post_init__(self) -> None:
-        assert all(0 < position < len(self.ids) for position in self.targets)
+    def __init__(self, ids: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray) -> None:
+        object.__setattr__(self, "ids", np.asarray(ids, dtype=np.int32))
+        object.__setattr__(self, "targets", np.asarray(targets, dtype=np.int64))
+        found = self.targets
+        assert not found.size or (found[0] > 0 and found[-1] < self.ids.size and (found[1:] > found[:-1]).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +53,78 @@ class Candidates:
 class Encoder:
     """Encodes the examples of one task with one tokenizer."""
 
-    def __init__(self, tokenizer: Any, task: Task) -> None:
+    def __init__(self, tokenizer: Any, task: Task, chat_format: ChatFormat | None = None) -> None:
+        """Without a format: the tokenizer's own template. Raises ModelError for a tokenizer that cannot teach to answer."""
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no end token (eos), so nothing would teach the model to stop")
-        if task.kind != "pretrain" and not tokenizer.chat_template:
-            raise ModelError(f"{tokenizer.name_or_path}: no chat template; take the instruct model, or task.kind: pretrain")
         self.tokenizer = tokenizer
         self.task = task
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._keeps_system = task.kind == "pretrain" or self._template_keeps_system()
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # a tokenizer.json may bring either along
+        self._backend.no_padding()
+        self._format = chat_format or (None if task.kind == "pretrain" else TemplateFormat(tokenizer))
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self._format.control_tokens) if self._format else set()
+        self._control = re.compile("|".join(map(re.escape, sorted(special, key=lambda token: (-len(token), token)))) or r"(?!)")
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything changes that the ids depend on: tokenizer, template, task."""
+        """Changes when anything changes that the ids depend on: tokenizer, format, task."""
         parts = [
-            self.tokenizer.backend_tokenizer.to_str(),
-            self.tokenizer.chat_template or "",
+            self._backend.to_str(),
+            self._format.identity if self._format else "",
             json.dumps(self.task.model_dump(mode="json"), sort_keys=True),
         ]
         return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
 
     def encode(self, example: Example) -> Encoded:
-        """Token ids and targets. Raises DataError, with the example's place, where there is no target."""
-        if self.task.kind == "pretrain":
-            return self._encode_text(example)
-        return self._encode_turns(self.conversation(example), example.place)
+        """Token ids and targets. Raises BadRow for an example that cannot be trained on."""
+        (encoded,) = self.encode_batch([example])
+        if isinstance(encoded, BadRow):
+            raise encoded
+        return encoded
+
+    def encode_batch(self, examples: Sequence[Example]) -> list[Encoded | BadRow]:
+        """Each example's token ids and targets, or why it has none; many at once take a fraction of the time of each alone."""
+        if self._format is None:
+            return self._encode_texts(examples)
+        conversations = [self._asking(example) for example in examples]
+        rendered = self._format.render(conversations)
+        return [
+            _encoded(one, conversation.asked, len(conversation.turns) - 1)
+            for one, conversation in zip(rendered, conversations, strict=True)
+        ]
+
+    def unrolled(self, example: Example) -> list[Example]:
+        """The example itself, or, where the format moves things, several, in which each answer is a target exactly once.
+
+        Some formats show the system's text or the tools with the last question only: of a long conversation, only the last
+        answer then stands behind the prompt that a server would have shown. Each such answer gets a conversation that ends
+        with it; in it, answers that another one trains are context (`train: false`). Raises BadRow where even that fails.
+        To save time, call this only for the examples that `encode_batch` returns a BadRow of the reason MOVED for.
+        """
+        if self.task.kind in ("pretrain", "classification"):
+            return [example]
+        wanted = _answers(example.messages)
+        if not wanted or wanted == [len(example.messages) - 1]:
+            return [example]
+        pieces: list[Example] = []
+        source = example
+        while wanted:
+            reached = self._reached(replace(source, messages=_trained(source.messages, wanted)))
+            if reached == wanted and source is example:
+                return [example]
+            if not reached and len(source.messages) == wanted[-1] + 1:
+                raise _unreachable(wanted[-1])
+            if reached:
+                pieces.append(replace(source, messages=_trained(source.messages, reached)))
+                wanted = [turn for turn in wanted if turn not in reached]
+            source = replace(example, messages=example.messages[: wanted[-1] + 1]) if wanted else source
+        return pieces[::-1]
 
     def control_token_in(self, example: Example) -> str | None:
         """The first control token that stands in an example's text: it would end a turn or begin one, not be text."""
-        for text in (example.text, *(message["content"] for message in example.messages)):
+        for text in _texts(example):
             found = self._control.search(text)
             if found:
                 return found[0]
@@ -87,87 +144,131 @@ class Encoder:
         prompt = self.task.prompt.replace("{labels}", ", ".join(self.task.labels)).replace("{text}", text)
         return [{"role": "user", "content": prompt}]
 
-    def prompt(self, turns: Sequence[Message]) -> list[int]:
-        """Token ids up to where the assistant begins to answer. Raises DataError for a control token in a turn."""
-        token = self.control_token_in(Example("the conversation", messages=tuple(turns)))
+    def prompt(self, turns: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Token ids up to where the assistant begins to answer (pretrain: up to where the last turn's text goes on).
+
+        Raises DataError for a control token in a turn, or for turns that the format refuses.
+        """
+        token = self.control_token_in(Example("the conversation", messages=tuple(turns), tools=tuple(tools)))
         if token is not None:
             raise DataError(f"the conversation holds {token!r}, which the model reads as a control token; take it out")
-        return self._render(self._with_system(list(turns)), "the conversation", answer_follows=True)
+        if self._format is None:
+            return [*self._begin(), *self.tokenizer.encode(turns[-1]["content"], add_special_tokens=False)]
+        try:
+            return self._format.prompt(Conversation(self._with_system(list(turns)), tools))
+        except BadRow as bad:
+            raise DataError(f"the conversation: {bad.because}") from bad
 
     def candidates(self, text: str) -> Candidates:
         """The prompt for a text, and each label as the answer to it."""
-        question = self.question(text)
-        prompt, answers = self.prompt(question), []
-        for label in self.task.labels:
-            encoded = self._encode_turns(self._with_system([*question, {"role": "assistant", "content": label}]), "task.labels")
-            answers.append([encoded.ids[position] for position in encoded.targets])
+        prompt, answers = self.prompt(self.question(text)), []
+        for label, encoded in zip(
+            self.task.labels, self.encode_batch([Example("", text=text, label=label) for label in self.task.labels]), strict=True
+        ):
+            if isinstance(encoded, BadRow):
+                raise DataError(f"task.labels: {label}: {encoded.because}")
+            answers.append(encoded.ids[encoded.targets].tolist())
         return Candidates(prompt, answers)
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         if self.task.system is not None and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": self.task.system}, *turns]
-        if turns[0]["role"] != "system" or self._keeps_system or len(turns) < 2:
-            return turns
-        system, first, *rest = turns
-        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+            return [{"role": "system", "content": self.task.system}, *turns]
+        return turns
 
-    def _template_keeps_system(self) -> bool:
-        """Whether a system turn stays where it is when an answer follows.
+    def _asking(self, example: Example) -> Conversation:
+        turns = self.conversation(example)
+        return Conversation(turns, example.tools, _answers(turns))
 
-        It does not in templates that have no such turn, and in those that show it with the last turn only, as some of
-        Mistral's; there the system's text goes into the first user turn.
-        """
-        asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-        try:
-            before = self._render(asked, "a probe", answer_follows=True)
-            through = self._render([*asked, {"role": "assistant", "content": "A"}], "a probe")
-            return through[: len(before)] == before != self._render(asked[1:], "a probe", answer_follows=True)
-        except DataError:
-            return False
+    def _reached(self, example: Example) -> list[int]:
+        """The answers of an example that its own ids can train, as its turns. Raises BadRow."""
+        conversation = self._asking(example)
+        assert self._format is not None
+        (rendered,) = self._format.render([conversation])
+        if isinstance(rendered, BadRow):
+            raise rendered
+        added = len(conversation.turns) - len(example.messages)
+        return [turn - added for turn in conversation.asked if turn in rendered.answers]
 
-    def _encode_text(self, example: Example) -> Encoded:
-        begin = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        end = [self.tokenizer.eos_token_id] if example.ends else []
-        ids = [*begin, *self.tokenizer.encode(example.text, add_special_tokens=False), *end]
-        if len(ids) < 2:
-            raise DataError(f"{example.place}: no target token (the text is empty); remove the row")
-        return Encoded(ids, list(range(1, len(ids))))
+    def _begin(self) -> list[int]:
+        return [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
 
-    def _encode_turns(self, turns: list[Message], place: str) -> Encoded:
-        ids = self._render(turns, place)
-        targets: list[int] = []
-        for index, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                targets += self._answer_span(ids, turns, index, place)
-        if not targets:
-            raise DataError(f"{place}: no target token (no assistant turn); add an answer or remove the row")
-        # what follows the last target (ChatML's line feed) is never attended to by a target
-        return Encoded(ids[: targets[-1] + 1], targets)
+    def _encode_texts(self, examples: Sequence[Example]) -> list[Encoded | BadRow]:
+        begin, end = self._begin(), [self.tokenizer.eos_token_id]
+        found: list[Encoded | BadRow] = []
+        texts = self._backend.encode_batch([example.text for example in examples], add_special_tokens=False)
+        for example, text in zip(examples, texts, strict=True):
+            ids = [*begin, *text.ids, *(end if example.ends else [])]
+            no_target = BadRow("no_target", "no target token (the text is empty); remove the row")
+            found.append(Encoded(ids, np.arange(1, len(ids))) if len(ids) > 1 else no_target)
+        return found
 
-    def _answer_span(self, ids: list[int], turns: list[Message], index: int, place: str) -> range:
-        """Positions of one assistant turn in `ids`: from its first token through the token that ends it."""
-        before = self._render(turns[:index], place, answer_follows=True)
-        through = self._render(turns[: index + 1], place)
-        if ids[: len(before)] != before or ids[: len(through)] != through:
-            raise DataError(
-                f"{place}: turn {index + 1} is tokenized differently with what follows it, so its targets cannot be told;"
-                " the chat template must only append"
-            )
-        end = len(through) - 1
-        while end >= len(before) and ids[end] != self.tokenizer.eos_token_id:
-            end -= 1
-        if end < len(before):
-            name = self.tokenizer.name_or_path
-            raise ModelError(
-                f"{name}: the chat template ends no answer with {self.tokenizer.eos_token!r}; the model would never learn to stop"
-            )
-        return range(len(before), end + 1)
 
-    def _render(self, turns: Sequence[Message], place: str, answer_follows: bool = False) -> list[int]:
-        try:
-            return list(
-                self.tokenizer.apply_chat_template(list(turns), tokenize=True, return_dict=False, add_generation_prompt=answer_follows)
-            )
-        except Exception as error:  # a template raises what it likes: jinja's own errors, or raise_exception("...")
-            roles = " ".join(turn["role"] for turn in turns)
-            raise DataError(f"{place}: the chat template refuses these turns ({roles}): {error}") from error
+def load_encoder(recipe: Recipe) -> Encoder:
+    """The encoder of a recipe, from the base's files on this machine. Raises ModelError, with the remedy."""
+    tokenizer = load_tokenizer(recipe.model)
+    file = None if recipe.task.kind == "pretrain" else _mistral_file(recipe.model)
+    if file is None:
+        return Encoder(tokenizer, recipe.task)
+    chat_format = MistralFormat(file)
+    chat_format.refuse_other_vocabulary(tokenizer)
+    return Encoder(tokenizer, recipe.task, chat_format)
+
+
+def _mistral_file(model: Model) -> Path | None:
+    """The file that Mistral's own format needs, or None where the recipe or the base wants the template."""
+    if model.chat_format == "template":
+        return None
+    folder = local_path(model)
+    # a fine-tune keeps a bare tokenizer.model, whatever turns it was taught; only Mistral's own are known to keep to the format
+    plain = model.chat_format == "mistral" or model.name.startswith("mistralai/Mistral-7B-")
+    file = tokenizer_file(folder, plain=plain)
+    if file is None and model.chat_format == "mistral":
+        wanted = "tekken.json, tokenizer.model.v3 or tokenizer.model"
+        raise ModelError(f"{folder}: model.chat_format=mistral needs {wanted}; run `mistral-dist fetch` again, or take template")
+    return file
+
+
+def _encoded(rendered: Rendered | BadRow, asked: Sequence[int], last: int) -> Encoded | BadRow:
+    """Ids through the last target: what follows it (ChatML's line feed) is never attended to by a target."""
+    if isinstance(rendered, BadRow):
+        return rendered
+    if not asked:
+        return BadRow("no_target", "no target token (no assistant turn to learn from); add an answer or remove the row")
+    if len(rendered.answers) < len(asked):
+        lost = next(turn for turn in asked if turn not in rendered.answers)
+        alone = len(asked) == 1 and lost == last
+        return _unreachable(lost) if alone else BadRow(MOVED, f"turn {lost + 1}: what follows it changes the prompt before it; unroll")
+    spans = [rendered.answers[turn] for turn in asked]
+    targets = np.arange(*spans[0]) if len(spans) == 1 else np.concatenate([np.arange(*span) for span in spans])
+    ids = np.asarray(rendered.ids, dtype=np.int32)
+    return Encoded(ids[: spans[-1][1]], targets)
+
+
+def _unreachable(turn: int) -> BadRow:
+    because = f"turn {turn + 1}: the prompt that a server would show before this answer does not begin the conversation through it"
+    return BadRow("tokenized_differently", because)
+
+
+def _answers(turns: Sequence[Message]) -> list[int]:
+    """The turns that are to be learned."""
+    return [place for place, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
+
+
+def _trained(turns: Sequence[Message], wanted: Iterable[int]) -> tuple[Message, ...]:
+    """The turns with all answers but the wanted ones as context."""
+    chosen = set(wanted)
+    return tuple(
+        {**turn, "train": False} if turn["role"] == "assistant" and turn.get("train", True) and place not in chosen else turn
+        for place, turn in enumerate(turns)
+    )
+
+
+def _texts(example: Example) -> Iterator[str]:
+    """Everything in an example that its author wrote."""
+    yield example.text
+    for turn in example.messages:
+        yield turn["content"]
+        if len(turn) > 2:
+            # the arguments as they will be written: JSON may hide a control token behind \\u003c
+            yield from (canonical(as_served(turn).get("tool_calls")), turn.get("tool_call_id") or "", turn.get("name") or "")
+    yield canonical(example.tools)

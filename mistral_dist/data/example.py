@@ -34,6 +34,9 @@ class Rejected(Exception):
         self.reason = reason
         self.because = because
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.because}"
+
 
 class BadRow(Rejected):
     """A row that cannot be read, or is no example of the task; too many of them stop `prepare`."""

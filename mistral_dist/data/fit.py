@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mistral_dist.config import Data
-from mistral_dist.data.encode import Encoded, Encoder
+from mistral_dist.data.encode import MOVED, Encoded, Encoder
 from mistral_dist.data.example import Example, Message, Rejected
 from mistral_dist.errors import DataError
 
@@ -32,37 +32,30 @@ def fit(examples: Sequence[Example], encoder: Encoder, data: Data) -> list[list[
 
     Raises DataError for the first that is too long where the recipe says `data.overlong: error`.
     """
-    parts: list[list[Example] | Rejected] = [_parts(example, encoder) for example in examples]
-    together = [part for found in parts if not isinstance(found, Rejected) for part in found]
-    encoded = iter(zip(together, encoder.encode_batch(together), strict=True))
-    return [found if isinstance(found, Rejected) else _pieces([next(encoded) for _ in found], encoder, data) for found in parts]
+    found = zip(examples, encoder.encode_batch(examples), strict=True)
+    return [_fitted(example, encoded, encoder, data) for example, encoded in found]
 
 
-def _parts(example: Example, encoder: Encoder) -> list[Example] | Rejected:
+def _fitted(example: Example, encoded: Encoded | Rejected, encoder: Encoder, data: Data) -> list[Piece] | Rejected:
     try:
         token = encoder.control_token_in(example)
         if token is not None:
             raise Rejected("control_token", f"holds {token!r}, which would end a turn or begin one")
-        return encoder.unrolled(example)
+        if isinstance(encoded, Encoded):
+            return _pieces(example, encoded, encoder, data)
+        if encoded.reason != MOVED:
+            raise encoded
+        return [piece for part in encoder.unrolled(example) for piece in _pieces(part, encoder.encode(part), encoder, data)]
     except Rejected as reason:
         return reason
 
 
-def _pieces(encoded: Sequence[tuple[Example, Encoded | Rejected]], encoder: Encoder, data: Data) -> list[Piece] | Rejected:
-    pieces: list[Piece] = []
-    for example, found in encoded:
-        try:
-            if isinstance(found, Rejected):
-                return found
-            if len(found.ids) <= data.max_length:
-                pieces.append(Piece(example, len(found.ids), len(found.targets)))
-            elif encoder.task.kind == "pretrain":
-                pieces += _cut_up(example, data.max_length, encoder)
-            else:
-                pieces.append(_too_long(example, len(found.ids), encoder, data))
-        except Rejected as reason:
-            return reason
-    return pieces
+def _pieces(example: Example, encoded: Encoded, encoder: Encoder, data: Data) -> list[Piece]:
+    if len(encoded.ids) <= data.max_length:
+        return [Piece(example, len(encoded.ids), len(encoded.targets))]
+    if encoder.task.kind == "pretrain":
+        return list(_cut_up(example, data.max_length, encoder))
+    return [_too_long(example, len(encoded.ids), encoder, data)]
 
 
 def _too_long(example: Example, tokens: int, encoder: Encoder, data: Data) -> Piece:

@@ -4,7 +4,7 @@ Decided on a few columns that fit into memory at any size (some 600 bytes a docu
 looked at only where two documents may be near-duplicates.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,7 +104,7 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     return Sifted(splits, sifter.dropped, _leakage(documents, splits, near))
 
 
-def _sides(documents: Documents, own: list[str | None], known: Known) -> tuple[np.ndarray, np.ndarray]:
+def _sides(documents: Documents, own: Sequence[str | None], known: Known) -> tuple[np.ndarray, np.ndarray]:
     """The split that each document has already, and its rank among those that say the same."""
     sides = np.array([own[source] for source in documents.sources.tolist()], dtype=object)
     priority = np.array([FIRST[side] for side in sides.tolist()], dtype=np.int8)

@@ -192,14 +192,16 @@ def collate(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Examples laid end to end, as the tensors of a Batch. No examples make an empty pack: two tokens, one target of weight 0."""
     weight = 1.0 if examples else 0.0
     examples = examples or [Encoded([0, 0], [1])]
-    starts = np.cumsum([0, *(len(example.ids) for example in examples)])[:-1]
-    ids = [token for example in examples for token in example.ids]
-    positions = [n for example in examples for n in range(len(example.ids))]
-    where = [int(start) + position for start, example in zip(starts, examples, strict=True) for position in example.targets]
+    lengths = [example.ids.size for example in examples]
+    starts = np.cumsum([0, *lengths[:-1]])
+    ids = np.concatenate([example.ids for example in examples], dtype=np.int64)
+    positions = np.arange(ids.size) - np.repeat(starts, lengths)
+    where = np.concatenate([example.targets for example in examples])
+    where += np.repeat(starts, [example.targets.size for example in examples])
     return {
-        "input_ids": torch.tensor([ids], dtype=torch.int64),
-        "position_ids": torch.tensor([positions], dtype=torch.int64),
-        "predict_from": torch.tensor(where, dtype=torch.int64) - 1,
-        "targets": torch.tensor([ids[position] for position in where], dtype=torch.int64),
-        "weights": torch.full((len(where),), weight, dtype=torch.float32),
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "predict_from": torch.from_numpy(where - 1),
+        "targets": torch.from_numpy(ids[where]),
+        "weights": torch.full((where.size,), weight, dtype=torch.float32),
     }

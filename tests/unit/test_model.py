@@ -65,8 +65,8 @@ def test_only_targets_count(recipe: Callable[..., Recipe]) -> None:
     """The loss is the full cross-entropy at the targets, although only those positions reach the output head."""
     model = build_trainable(recipe(), CPU, "sdpa")
     example = encoded(30, 4, 5)
-    logits = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
-    wanted = torch.nn.functional.cross_entropy(logits[25:29].float(), torch.tensor(example.ids[26:]), reduction="sum")
+    logits = model(input_ids=torch.from_numpy(example.ids)[None].long(), use_cache=False).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits[25:29].float(), torch.from_numpy(example.ids[26:]).long(), reduction="sum")
     torch.testing.assert_close(summed_loss(model, batch_of(example)), wanted, rtol=1e-6, atol=0)
 
 
@@ -139,8 +139,8 @@ def test_a_fresh_adapter_is_the_same_everywhere_and_silent(recipe: Callable[...,
 def test_labels_scored_in_one_row_as_each_alone(recipe: Callable[..., Recipe]) -> None:
     model = build_trainable(recipe(), CPU, "sdpa").eval()
     examples = [
-        Candidates(encoded(12, 1, 1).ids, [[11, 2], [12, 13, 2], [14, 15, 16, 2]]),
-        Candidates(encoded(7, 1, 2).ids, [[21, 2], [22, 23, 2], [2]]),
+        Candidates(encoded(12, 1, 1).ids.tolist(), [[11, 2], [12, 13, 2], [14, 15, 16, 2]]),
+        Candidates(encoded(7, 1, 2).ids.tolist(), [[21, 2], [22, 23, 2], [2]]),
     ]
     scores = label_scores(model, label_row(examples), 2, 3, CPU)
     for n, example in enumerate(examples):
