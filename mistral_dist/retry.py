@@ -10,7 +10,6 @@ import email.utils
 import errno
 import http.client
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ HEALING = {
     "ProtocolError",  # urllib3
 }
 """Failures of the network in libraries that need not be installed, by name."""
-FINAL = {"OfflineModeIsEnabled", "UnsupportedProtocol", "LocalProtocolError", "InvalidURL"}
+FINAL = {"OfflineModeIsEnabled", "UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "SSLCertVerificationError"}
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG)
 """A full disk is an OSError too."""
 
@@ -115,7 +114,7 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may do better later. What a server answered decides; where none did, the kind of failure."""
     names = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
-    if names & FINAL:
+    if names & FINAL or any(getattr(one, "errno", None) in LOCAL for one in _chain(error)):
         return False
     answered = status(error)
     if answered is not None:
@@ -163,8 +162,6 @@ def reason(error: BaseException) -> str:
 
 def _is_of_the_network(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError):
-        return False
-    if isinstance(error, ssl.SSLCertVerificationError) or getattr(error, "errno", None) in LOCAL:
         return False
     return isinstance(error, OSError | http.client.HTTPException)
 

@@ -96,6 +96,8 @@ def test_what_may_heal(error: Exception) -> None:
         PermissionError(),
         OSError(errno.ENOSPC, "disk full"),
         ssl.SSLCertVerificationError(),
+        caused(urllib.error.URLError("wrapped"), ssl.SSLCertVerificationError()),
+        caused(ConnectionError("wrapped"), OSError(errno.ENOSPC, "disk full")),
         KeyError("text"),
         caused(ConnectionError("cannot reach"), answer(401)),
         OfflineModeIsEnabled(),
