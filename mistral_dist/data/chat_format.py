@@ -103,7 +103,7 @@ class TemplateFormat:
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | BadRow]:
         """Ids and answers of each conversation, or why it has none; those with the same tools in one pass."""
         found: list[Rendered | BadRow | None] = [None] * len(conversations)
-        calling = [n for n, conversation in enumerate(conversations) if _calls(conversation)]
+        calling = {n for n, conversation in enumerate(conversations) if _calls(conversation)}
         if calling and not self._shows_tools:
             found = [_without_tools() if n in calling else None for n in range(len(conversations))]
         with_tools = [n for n, one in enumerate(conversations) if one.tools and found[n] is None]

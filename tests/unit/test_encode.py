@@ -277,6 +277,18 @@ def test_a_system_turn_that_moves_unrolls_the_conversation(tokenizer: Any, monke
     assert encoder.unrolled(alone) == [alone]
 
 
+def test_a_template_that_ends_only_the_last_answer_unrolls_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}({{ m.role }}){{ m.content }}{% if loop.last and m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template + "{% if add_generation_prompt %}(assistant){% endif %}")
+    pieces = Encoder(tokenizer, Task(kind="chat")).unrolled(conversation("u:Hello", "a:Hi", "u:Bye", "a:Ciao"))
+    assert [shown(tokenizer, Task(kind="chat"), piece) for piece in pieces] == [
+        "(user)Hello(assistant)[Hi<|im_end|>]",
+        "(user)Hello(assistant)Hi(user)Bye(assistant)[Ciao<|im_end|>]",
+    ]
+
+
 def test_a_turn_that_is_off_is_context(tokenizer: Any) -> None:
     example = conversation("u:Hello", "a:Hi", "u:Bye", "a:Ciao")
     example.messages[1]["train"] = False
