@@ -3,6 +3,7 @@
 import sys
 import time
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,15 @@ app = typer.Typer(
 
 NO_PLACE = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 """A path that cannot be written to, or is something else: the user's to mend."""
+
+
+class Split(StrEnum):
+    """The parts of prepared data."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. configs/recipes/demo.yaml")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo")]
@@ -69,6 +79,31 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     recipe = Recipe.load(recipe_file, overrides or [])
     prepared = prepare_if_needed(recipe, again=True)
     console.print(audit_table(prepared.manifest, prepared.path))
+
+
+@app.command(epilog="Examples: `mistral-dist preview my.yaml`; `mistral-dist preview my.yaml --examples 20 --html preview.html`")
+def preview(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option("--examples", min=1, help="How many")] = 5,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one page that needs no network, instead of the terminal")] = None,
+    split: Annotated[Split, typer.Option("--split", help="Of which split")] = Split.train,
+) -> None:
+    """Show examples as the model sees them: every token, and which of them it learns."""
+    from mistral_dist.config import Recipe
+    from mistral_dist.data.encode import load_encoder
+    from mistral_dist.display import console, say
+    from mistral_dist.files import write_text
+    from mistral_dist.preview import as_html, as_terminal, examples_of, shown
+
+    recipe = Recipe.load(recipe_file, overrides or [])
+    encoder = load_encoder(recipe)
+    pages = [shown(example, encoder, split) for example in examples_of(recipe, encoder, examples, split)]
+    if html is None:
+        console.print(as_terminal(pages), soft_wrap=True)
+    else:
+        write_text(html, as_html(pages, recipe_file.name))
+        say(f"{html}: {len(pages)} examples")
 
 
 @app.command(

@@ -10,9 +10,11 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from mistral_dist.data.example import BadRow, Message
+from mistral_dist.data.pieces import Pieces
 from mistral_dist.errors import ModelError
 
 ANCHOR = 32
@@ -47,8 +49,15 @@ class ChatFormat(Protocol):
         """Texts that a model reads as control tokens."""
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of those."""
+
+    @property
     def identity(self) -> str:
         """Changes when the ids may change."""
+
+    def bytes_of(self, id: int) -> bytes:
+        """What a token writes: a part of a text in UTF-8, perhaps of one character; of a control token, its name."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids up to where the assistant begins to answer. Raises BadRow."""
@@ -69,7 +78,8 @@ class TemplateFormat:
         self._eos: int = tokenizer.eos_token_id
         special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_tokens: Sequence[str] = tuple(special.values())
-        self._special = frozenset(special)
+        self.special_ids = frozenset(special)
+        self._pieces = Pieces(tokenizer)
         self._known: dict[str, list[int]] = {}
         self._keeps_system = self._template_keeps_system()
         self._refuse_endless()
@@ -78,6 +88,10 @@ class TemplateFormat:
     def identity(self) -> str:
         """Changes when the ids may change."""
         return f"template\x1f{self._tokenizer.chat_template}"
+
+    def bytes_of(self, id: int) -> bytes:
+        """What a token writes, in UTF-8."""
+        return self._pieces.bytes_of(id)
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids up to where the assistant begins to answer. Raises BadRow."""
@@ -89,8 +103,11 @@ class TemplateFormat:
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | BadRow]:
         """Ids and answers of each conversation, or why it has none; those with the same tools in one pass."""
         found: list[Rendered | BadRow | None] = [None] * len(conversations)
-        with_tools = [n for n, conversation in enumerate(conversations) if conversation.tools]
-        plain = [n for n, conversation in enumerate(conversations) if not conversation.tools]
+        calling = {n for n, conversation in enumerate(conversations) if _calls(conversation)}
+        if calling and not self._shows_tools:
+            found = [_without_tools() if n in calling else None for n in range(len(conversations))]
+        with_tools = [n for n, one in enumerate(conversations) if one.tools and found[n] is None]
+        plain = [n for n, one in enumerate(conversations) if not one.tools and found[n] is None]
         for group in [plain, *([n] for n in with_tools)]:
             if group:
                 for n, rendered in zip(group, self._render([conversations[n] for n in group]), strict=True):
@@ -150,7 +167,7 @@ class TemplateFormat:
         token = encoding.char_to_token(len(prompt))
         if token is not None:
             for anchor in range(token - 1, max(-1, token - 1 - ANCHOR), -1):
-                if ids[anchor] in self._special:
+                if ids[anchor] in self.special_ids:
                     head = prompt[encoding.token_to_chars(anchor)[0] :]
                     if ids[anchor:token] == self._alone(head):
                         return int(token)
@@ -223,6 +240,17 @@ class TemplateFormat:
         texts += self._texts([[*asked, {"role": "assistant", "content": "an answer"}]], ())
         return all(isinstance(text, str) and mark in text for text in texts)
 
+    @cached_property
+    def _shows_tools(self) -> bool:
+        """Whether tools and calls are shown: a template that drops them would teach to answer with nothing."""
+        call = {"id": "probe0001", "type": "function", "function": {"name": "a_call", "arguments": {"a": "b"}}}
+        tool = {"type": "function", "function": {"name": "a_tool", "description": "", "parameters": {"type": "object", "properties": {}}}}
+        turns: list[Message] = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        turns.append({"role": "tool", "content": "a result", "tool_call_id": "probe0001", "name": "a_call"})
+        (text,) = self._texts([turns], [tool], answer_follows=True)
+        # where the template refuses the probe, it will say of each conversation whether it does
+        return isinstance(text, BadRow) or all(word in text for word in ("a_tool", "a_call", "a result"))
+
     def _refuse_endless(self) -> None:
         asked = {"role": "user", "content": "a question"}
         answer = {"role": "assistant", "content": "an answer"}
@@ -233,6 +261,16 @@ class TemplateFormat:
             raise ModelError(
                 f"{self._tokenizer.name_or_path}: the chat template ends no answer with {token!r}; the model would never learn to stop"
             )
+
+
+def _calls(conversation: Conversation) -> bool:
+    return bool(conversation.tools) or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in conversation.turns)
+
+
+def _without_tools() -> BadRow:
+    return BadRow(
+        "tools_not_supported", "the chat template does not show tools and calls; take a base whose template does, or take them out"
+    )
 
 
 def _compiled(template: str) -> Any:

@@ -19,6 +19,7 @@ from mistral_dist.config import Model, Recipe, Task
 from mistral_dist.data.chat_format import ChatFormat, Conversation, Rendered, TemplateFormat, as_served
 from mistral_dist.data.example import BadRow, Example, Message, canonical
 from mistral_dist.data.mistral_format import MistralFormat, tokenizer_file
+from mistral_dist.data.pieces import Pieces
 from mistral_dist.errors import DataError, ModelError
 from mistral_dist.hub import load_tokenizer, local_path
 
@@ -63,6 +64,7 @@ class Encoder:
         self._backend.no_truncation()  # a tokenizer.json may bring either along
         self._backend.no_padding()
         self._format = chat_format or (None if task.kind == "pretrain" else TemplateFormat(tokenizer))
+        self._pieces = self._format or Pieces(tokenizer)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(self._format.control_tokens) if self._format else set()
         self._control = re.compile("|".join(map(re.escape, sorted(special, key=lambda token: (-len(token), token)))) or r"(?!)")
@@ -121,6 +123,17 @@ class Encoder:
                 wanted = [turn for turn in wanted if turn not in reached]
             source = replace(example, messages=example.messages[: wanted[-1] + 1]) if wanted else source
         return pieces[::-1]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of control tokens."""
+        if self._format is not None:
+            return self._format.special_ids
+        return frozenset(id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    def bytes_of(self, id: int) -> bytes:
+        """What a token writes, in UTF-8; of a control token, its name. A character may be several tokens."""
+        return self._pieces.bytes_of(id)
 
     def control_token_in(self, example: Example) -> str | None:
         """The first control token that stands in an example's text: it would end a turn or begin one, not be text."""

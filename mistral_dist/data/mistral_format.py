@@ -12,6 +12,7 @@ from typing import Any
 
 from mistral_dist.data.chat_format import Conversation, Rendered
 from mistral_dist.data.example import BadRow, Message
+from mistral_dist.data.pieces import spelled
 from mistral_dist.errors import ModelError
 
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
@@ -63,6 +64,19 @@ class MistralFormat:
         import mistral_common
 
         return f"mistral\x1f{mistral_common.__version__}\x1f{self.file.name}\x1f{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the control tokens."""
+        return frozenset(self._tokenizer.special_ids)
+
+    def bytes_of(self, id: int) -> bytes:
+        """What a token writes, in UTF-8; of a control token, its name."""
+        if id in self._tokenizer.special_ids:
+            return str(self._tokenizer.id_to_piece(id)).encode()
+        if hasattr(self._tokenizer, "id_to_byte_piece"):  # tekken
+            return bytes(self._tokenizer.id_to_byte_piece(id))
+        return spelled(self._tokenizer.id_to_piece(id))
 
     def refuse_other_vocabulary(self, tokenizer: Any) -> None:
         """Raises ModelError unless ids mean the same to the Hugging Face tokenizer, which is saved with the adapter."""

@@ -277,6 +277,18 @@ def test_a_system_turn_that_moves_unrolls_the_conversation(tokenizer: Any, monke
     assert encoder.unrolled(alone) == [alone]
 
 
+def test_a_template_that_ends_only_the_last_answer_unrolls_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}({{ m.role }}){{ m.content }}{% if loop.last and m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template + "{% if add_generation_prompt %}(assistant){% endif %}")
+    pieces = Encoder(tokenizer, Task(kind="chat")).unrolled(conversation("u:Hello", "a:Hi", "u:Bye", "a:Ciao"))
+    assert [shown(tokenizer, Task(kind="chat"), piece) for piece in pieces] == [
+        "(user)Hello(assistant)[Hi<|im_end|>]",
+        "(user)Hello(assistant)Hi(user)Bye(assistant)[Ciao<|im_end|>]",
+    ]
+
+
 def test_a_turn_that_is_off_is_context(tokenizer: Any) -> None:
     example = conversation("u:Hello", "a:Hi", "u:Bye", "a:Ciao")
     example.messages[1]["train"] = False
@@ -294,14 +306,15 @@ CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments":
 def test_a_template_gets_tools_and_calls_as_a_server_gives_them(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = (
         "{% if tools %}{{ tools | map(attribute='function.name') | join(',') }}|{% endif %}"
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments.far }}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}{{ c.function.arguments.far }}{% endfor %}"
         "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "tool_calls": [CALL]}]
     turns += [{"role": "tool", "content": "far away", "tool_call_id": "1"}, {"role": "assistant", "content": "There.", "train": True}]
     example = Example("f:1", messages=tuple(turns), tools=TOOLS)
-    wanted = "look|user: ?\nassistant:[ !True<|im_end|>]\ntool: far away\nassistant:[ There.<|im_end|>]"
+    wanted = "look|user: ?\nassistant:[ !lookTrue<|im_end|>]\ntool: far away\nassistant:[ There.<|im_end|>]"
     encoder = Encoder(tokenizer, Task(kind="chat"))
     with pytest.raises(BadRow, match="tokenized_differently"):
         encoder.encode(example)  # the blank belongs to the answer's first token
@@ -309,6 +322,19 @@ def test_a_template_gets_tools_and_calls_as_a_server_gives_them(tokenizer: Any, 
     assert shown(tokenizer, Task(kind="chat"), example) == wanted
     both = Encoder(tokenizer, Task(kind="chat")).encode_batch([example, conversation("u:a", "a:b"), example])
     assert [tokenizer.decode(one.ids)[:5] for one in both if isinstance(one, Encoded)] == ["look|", "user:", "look|"]
+
+
+def test_a_template_that_drops_tools_would_teach_to_say_nothing(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, Task(kind="chat"))
+    asked, called = {"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "far", "tool_call_id": "1"}
+    plain = conversation("u:a", "a:b")
+    calling = Example("f:1", messages=(asked, called))
+    answering = Example("f:1", messages=(asked, result, {"role": "assistant", "content": "Far."}))
+    offered = Example("f:1", messages=plain.messages, tools=TOOLS)
+    first, *refused = encoder.encode_batch([plain, calling, answering, offered])
+    assert isinstance(first, Encoded)
+    assert [one.reason for one in refused if isinstance(one, BadRow)] == ["tools_not_supported"] * 3
 
 
 def test_control_tokens_in_tools_and_calls_are_seen(tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b'{"model_type": "mistral"}',
     "tokenizer.json": b"{}",
+    "tokenizer.model.v3": b"pieces",
     "model.safetensors": b"weights",
     # what every model on the hub has, and `fetch` leaves there
     ".gitattributes": b"*.safetensors filter=lfs",
@@ -26,7 +27,7 @@ FILES = {
     "consolidated.safetensors": b"weights again",
     "pytorch_model.bin": b"pickle",
 }
-WANTED = ["config.json", "model.safetensors", "tokenizer.json"]
+WANTED = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model.v3"]
 
 Reply = tuple[int, dict[str, str], bytes]
 Fetch = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -194,6 +194,21 @@ def test_context_after_the_answers_does_not_lose_them(formats: Any) -> None:
     assert piece.messages == whole.messages[:3]
 
 
+@pytest.mark.parametrize("version", ["v2", "v3", "tekken"])
+def test_calls_without_a_list_of_tools(formats: Any, version: str) -> None:
+    """Version 2 leaves earlier calls out: behind the first question then stands what was said after the call."""
+    turns = [user("Weather?"), CALLED, RESULT, assistant("Green."), user("Thanks"), assistant("!")]
+    pieces = check(*formats[version], example(turns))
+    assert len(pieces) == (2 if version == "v2" else 1)
+
+
+@pytest.mark.parametrize("version", ["v1", "v3", "tekken"])
+def test_an_answer_that_is_off_does_not_come_in_with_the_one_it_is_joined_to(formats: Any, version: str) -> None:
+    """The library makes one turn of two answers in a row."""
+    (piece,) = check(*formats[version], example([user("a"), assistant("b"), assistant("c", train=False)]))
+    assert piece.messages == (user("a"), assistant("b"))
+
+
 def test_version_1_has_no_tools(formats: Any) -> None:
     encoder = formats["v1"][1]
     for turns, tools in ((TOOLS["result"], ()), (PLAIN["single"], (WEATHER,))):
