@@ -112,7 +112,7 @@ class Data(Section):
     """Longer texts are dropped and counted, before they cost time."""
     bad_rows: Fraction = 0.05
     """The share of rows that may be unreadable or no example: they are counted and kept in quarantine.jsonl; above it
-    `prepare` stops and says what is wrong. Streaming: a training stops, once 1,000 rows for one of its slots say so."""
+    `prepare` stops and says what is wrong. Streaming: the training stops, but judges by no fewer than 1,000 rows."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.8
     """Texts whose Jaccard similarity of word 5-grams is at least this say the same; null: only equal texts do."""
     near_duplicate_policy: Literal["drop", "keep_together"] = "drop"

@@ -90,8 +90,9 @@ class Part:
     """What one lane has of a source.
 
     Where the source has at least as many shards as there are lanes, the lane reads its own and no others. Where it has fewer,
-    the lane reads every shard and passes over the rows of the other lanes: nothing is parsed or encoded twice, but the
-    raw bytes are read once for each lane, on whichever rank. For a remote source, give it more shards than lanes.
+    the lane reads every shard and passes over the rows of the other lanes: no row is encoded twice, but in a round the
+    source is read as often as there are lanes, whatever the number of ranks. Cheap for lines on a disk; what comes over a
+    network should have at least as many shards as train.global_batch_size.
     """
 
     def __init__(self, source: Streamed, lane: int, lanes: int) -> None:
