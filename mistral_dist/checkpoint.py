@@ -3,7 +3,7 @@
     checkpoint-100/
       adapter/                 PEFT's own format; float32, so these are the master weights
       optimizer.safetensors    AdamW's moments by parameter name, float32
-      progress.json            step, cursor, seed of all noise, fingerprint of the data
+      progress.json            step, cursor (of all lanes of a stream), seed of all noise, fingerprint of the data
       manifest.json            size and SHA-256 of each file, versions, topology; written last
 
 A checkpoint is written aside, synced, checksummed and renamed. Nothing in it depends on the number of ranks or the ZeRO
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistral_dist.data.stream import Cursor
+from mistral_dist.data.cursor import Cursor
 from mistral_dist.errors import CheckpointError
 from mistral_dist.files import aside_of, publish, remove
 
@@ -122,7 +122,7 @@ def load_moments(folder: Path) -> dict[str, torch.Tensor]:
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """How far the checkpoint is, and the facts that were saved with it."""
     facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    progress = Progress(facts.pop("step"), Cursor(**facts.pop("cursor")))
+    progress = Progress(facts.pop("step"), Cursor.from_json(facts.pop("cursor")))
     return progress, facts
 
 

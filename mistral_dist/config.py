@@ -74,7 +74,8 @@ class Source(Section):
     into: Literal["train", "validation", "test"] | None = None
     """A split of your own: all its rows go there, and are checked against the others. null: divided by the fractions."""
     weight: Positive = 1.0
-    """How often an epoch shows each of its train examples: 2 twice, 0.5 every other epoch."""
+    """How often an epoch shows each of its train examples: 2 twice, 0.5 every other epoch. Streaming: how often it is asked
+    for a row, compared with the other sources."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text_label", "text"] = "auto"
     """What a row looks like; auto tells it from the columns of each row."""
     columns: dict[str, str] = {}
@@ -111,7 +112,7 @@ class Data(Section):
     """Longer texts are dropped and counted, before they cost time."""
     bad_rows: Fraction = 0.05
     """The share of rows that may be unreadable or no example: they are counted and kept in quarantine.jsonl; above it
-    `prepare` stops and says what is wrong."""
+    `prepare` stops and says what is wrong. Streaming: the training stops, but judges by no fewer than 1,000 rows."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.8
     """Texts whose Jaccard similarity of word 5-grams is at least this say the same; null: only equal texts do."""
     near_duplicate_policy: Literal["drop", "keep_together"] = "drop"
@@ -203,7 +204,7 @@ class Train(Section):
     """How long, and how much at once."""
 
     epochs: Count = 1
-    """Times that each example is trained on."""
+    """Times that each example is trained on. Streaming: without a meaning, the steps decide."""
     steps: Count | None = None
     """Stop after this many optimizer steps, if the epochs give more."""
     global_batch_size: Count = 32

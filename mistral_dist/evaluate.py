@@ -25,6 +25,7 @@ from mistral_dist.checkpoint import latest_good, load_progress
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Candidates, Encoder, load_encoder
 from mistral_dist.data.example import from_record
+from mistral_dist.data.feed import has_held_out
 from mistral_dist.data.pack import best_fit
 from mistral_dist.data.prepared import Prepared, open_prepared
 from mistral_dist.data.split import TEST
@@ -45,6 +46,8 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, A
 
     Raises DataError where nothing was held out, RunError where the data are not those that the run was trained on.
     """
+    if recipe.data.streaming and not has_held_out(recipe.data):
+        raise DataError("data.sources: a stream without a source of its own for the test (into: test); nothing was held out")
     encoder = load_encoder(recipe)
     prepared = open_prepared(recipe, encoder)
     held_out = HeldOut.of(run, prepared)

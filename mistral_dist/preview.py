@@ -15,7 +15,7 @@ from rich.text import Text
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.example import BadRow, Example, from_record
-from mistral_dist.data.prepare import open_prepared
+from mistral_dist.data.prepared import open_prepared
 from mistral_dist.errors import DataError
 
 SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u3000": "□", "\u200b": "⟨ZWSP⟩", "\u200d": "\u200d", "\ufeff": "⟨BOM⟩"}

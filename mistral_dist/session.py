@@ -7,21 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import datasets
 
 from mistral_dist import checkpoint
 from mistral_dist.checkpoint import Progress
 from mistral_dist.config import Recipe
-from mistral_dist.data.encode import Encoded, Encoder
-from mistral_dist.data.example import from_record
-from mistral_dist.data.prepared import Prepared
-from mistral_dist.data.split import TRAIN
-from mistral_dist.data.stream import Plan, Stream, Work
-from mistral_dist.errors import FAILED, FINISHED, DataError, MistralDistError, RunError, TrainingError
+from mistral_dist.data.cursor import Cursor
+from mistral_dist.data.feed import Feed
+from mistral_dist.data.stream import Drop, Work
+from mistral_dist.errors import FAILED, FINISHED, MistralDistError, RunError, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
@@ -52,8 +48,7 @@ class Session:
     recipe: Recipe
     runtime: Runtime
     run: RunDirectory
-    prepared: Prepared
-    steps: int
+    feed: Feed
     progress: Progress = Progress()
     saved: int = 0
     """The step of the newest checkpoint; 0 where there is none."""
@@ -62,20 +57,27 @@ class Session:
     told: float = 0.0
     """When the status was last written."""
     peft_config: Any = None
+    drops: list[tuple[int, int, Drop]] = field(default_factory=list)
+    """(step, slot, drop) of this rank's rows since the last checkpoint."""
     base: int = 0
     """The byte sum of the packed 4-bit weights: which base this is, and whether sharding left it alone."""
 
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return self.feed.stream.steps
+
     @classmethod
-    def start(cls, recipe: Recipe, runtime: Runtime, run: RunDirectory, prepared: Prepared, steps: int) -> "Session":
+    def start(cls, recipe: Recipe, runtime: Runtime, run: RunDirectory, feed: Feed) -> "Session":
         """Build the model, put into it what the last good checkpoint holds, and hand it to the ranks.
 
         Raises RunError where the data are not those that the run began with.
         """
-        session = cls(recipe, runtime, run, prepared, steps)
+        session = cls(recipe, runtime, run, feed)
         session._refuse_drift()
         attention = choose_attention(recipe.model, runtime.device)
         ranks = f"{runtime.world_size} x {runtime.device.type}"
-        session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {steps} steps; loading the model")
+        session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {session.steps} steps; loading the model")
         model = build_trainable(recipe, runtime.device, attention)
         session.peft_config = model.peft_config["default"]
         session.base = runtime.byte_sum(packed_weights(model))
@@ -98,6 +100,7 @@ class Session:
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         order = self._data_order(work) if self.recipe.log.data_order else None
+        self.drops += [(self.progress.step, slot, drop) for slot, drop in work.drops]
         if not self.runtime.is_main:
             return
         self.run.check_lease()
@@ -122,13 +125,18 @@ class Session:
         if self.progress.step == self.saved:
             return
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
+        everywhere = self.runtime.gather((self.progress.cursor, self.drops))
+        progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
 
         def write() -> None:
             self.run.check_lease()
+            # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
+            for step, _, drop in sorted((drop for _, drops in everywhere for drop in drops), key=lambda drop: drop[:2]):
+                self.run.append("quarantine.jsonl", {"step": step, "place": drop.place, "reason": drop.reason, "because": drop.because})
             self.run.sync()
             path = checkpoint.save(
                 self.run.checkpoints,
-                self.progress,
+                progress,
                 adapter=adapter,
                 adapter_config=self._adapter_config(),
                 moments=moments,
@@ -139,6 +147,7 @@ class Session:
 
         self.runtime.on_main(write)
         self.saved = self.progress.step
+        self.drops = []
         self.clock = time.monotonic()
 
     def publish_adapter(self, tokenizer: Any) -> None:
@@ -148,7 +157,7 @@ class Session:
         def write() -> None:
             self.run.check_lease()
             sweep(self.run.path)
-            card = model_card(self.recipe, self.prepared, self.steps)
+            card = model_card(self.recipe, self.feed.about, self.steps)
             checkpoint.publish_adapter(self.run.adapter, adapter, self._adapter_config(), tokenizer, card)
 
         self.runtime.on_main(write)
@@ -208,8 +217,8 @@ class Session:
     def _refuse_other(self, facts: dict[str, Any]) -> None:
         """Raise RunError where the data or the base are not those that the checkpoint was made with."""
         ways_out = "start another run with run.dir=..., or --fresh to move the old one aside"
-        if facts["data"] != self.prepared.fingerprint:
-            raise RunError(f"{self.run.path}: began with other data than {self.prepared.path} holds now; {ways_out}")
+        if facts["data"] != self.feed.fingerprint:
+            raise RunError(f"{self.run.path}: began with other data than {self.feed.place} holds now; {ways_out}")
         if facts["base"] != self.base:
             raise RunError(f"{self.run.path}: began with another base model than {self.recipe.model.name} is here now; {ways_out}")
 
@@ -224,6 +233,7 @@ class Session:
         return [id for _, ids in sorted(entry for rank in ranks for entry in rank) for id in ids]
 
     def _metrics(self, work: Work, result: StepResult, seconds: float) -> dict[str, Any]:
+        dropped = {"dropped": work.dropped} if self.recipe.data.streaming else {}
         return {
             "step": self.progress.step,
             "epoch": round(work.epoch, 6),
@@ -233,6 +243,7 @@ class Session:
             "trained_tokens": work.targets,
             "tokens": work.tokens,
             "examples": work.examples,
+            **dropped,
             "tokens_per_second": round(work.tokens / seconds, 1),
             "seconds": round(seconds, 4),
             "memory_bytes": self.runtime.memory_bytes(),
@@ -242,7 +253,7 @@ class Session:
         """What a checkpoint notes beside the progress: what resume checks, and what a reader wants to know."""
         return {
             "steps": self.steps,
-            "data": self.prepared.fingerprint,
+            "data": self.feed.fingerprint,
             "base": self.base,
             # all noise is drawn from (seed, step, slot): this and the step are every random generator's state
             "rng": {"seed": self.recipe.train.seed},
@@ -288,38 +299,7 @@ def note_failure(run: RunDirectory, error: Exception) -> None:
             run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-class _Examples:
-    """The train split, encoded when it is asked for."""
-
-    def __init__(self, split: datasets.Dataset, encoder: Encoder) -> None:
-        self._split, self._encoder = split, encoder
-
-    def encode(self, index: int) -> tuple[str, Encoded]:
-        record = self._split[index]
-        encoded = self._encoder.encode(from_record(record))
-        if (len(encoded.ids), len(encoded.targets)) != (record["tokens"], record["targets"]):
-            # the plan, the loss's denominator and the number of steps stand on the stored lengths
-            raise DataError(f"{record['place']}: is encoded to another length than when it was prepared; run `mistral-dist prepare` again")
-        return record["id"], encoded
-
-
-def open_stream(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, world_size: int) -> Stream:
-    """The stream of this rank's work over the whole run."""
-    tokens, targets = prepared.lengths(TRAIN)
-    plan = Plan(
-        tokens,
-        capacity=recipe.data.max_length,
-        seed=recipe.train.seed,
-        epochs=recipe.train.epochs,
-        global_batch_size=recipe.train.global_batch_size,
-        steps=recipe.train.steps,
-    )
-    examples = _Examples(prepared.split(TRAIN), encoder)
-    micro = recipe.train.micro_batch_size
-    return Stream(plan, examples, (tokens, targets), rank=rank, world_size=world_size, micro_batch_size=micro)
-
-
-def model_card(recipe: Recipe, prepared: Prepared, steps: int) -> str:
+def model_card(recipe: Recipe, about: str, steps: int) -> str:
     """A README for the adapter: base, data, recipe; with the header that the hub reads."""
     return f"""---
 base_model: {recipe.model.name}
@@ -330,7 +310,7 @@ tags: [lora, qlora, mistral-dist]
 # {recipe.run_dir.name}
 
 A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), trained by mistral-dist for {steps} steps on
-{prepared.manifest["examples"][TRAIN]} examples; {prepared.manifest["examples"]["test"]} more were held out for the test.
+{about}.
 
 ## Recipe
 

@@ -12,7 +12,7 @@ import torch
 
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
-from mistral_dist.data.prepared import open_prepared
+from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
 from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingError
 from mistral_dist.loss import summed_loss
@@ -20,17 +20,17 @@ from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.process import StopRequest
-from mistral_dist.session import Session, StepResult, note_failure, open_run, open_stream
+from mistral_dist.session import Session, StepResult, note_failure, open_run
 
 
 def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest) -> int:
     """Train to the end, or to a stop request; return FINISHED or STOPPED."""
     encoder = load_encoder(recipe)
-    prepared = open_prepared(recipe, encoder)
-    stream = open_stream(recipe, prepared, encoder, runtime.rank, runtime.world_size)
-    session = Session.start(recipe, runtime, run, prepared, stream.plan.steps)
+    feed = open_feed(recipe, encoder, runtime.rank, runtime.world_size)
+    session = Session.start(recipe, runtime, run, feed)
 
-    for work in stream.from_cursor(session.progress.cursor):
+    for own in feed.stream.from_cursor(session.progress.cursor):
+        work = feed.stream.agree(own, runtime.sum)
         result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
         session.advance(work, result)
         if result.stop or session.is_checkpoint_due():
@@ -48,8 +48,8 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest
 def step(runtime: Runtime, work: Work, rate: float, seed: int, stop: StopRequest) -> StepResult:
     """One optimizer step in which every target token of the global batch counts the same.
 
-    The number of targets is known from the plan, on every rank, before the first forward. So each micro-batch gives its
-    share of the mean, loss sum / targets, and nothing has to be rescaled afterwards.
+    The number of targets is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
+    each micro-batch gives its share of the mean, loss sum / targets, and nothing has to be rescaled afterwards.
     """
     runtime.set_learning_rate(rate)
     total = torch.zeros((), device=runtime.device)

@@ -88,14 +88,18 @@ def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes:
 def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
     """The recipe's prepared data, made now where there are none; only with `again` is a data directory ever replaced.
 
-    Raises DataError where there are some of another recipe: a run may still depend on them.
+    None where the recipe streams and holds nothing out: then there is nothing to prepare. Raises DataError where there are
+    some of another recipe: a run may still depend on them.
     """
     # these import transformers and datasets, seconds that a mistyped recipe need not wait for
     from mistral_dist.data import prepared, sources
     from mistral_dist.data.encode import load_encoder
+    from mistral_dist.data.feed import has_held_out
     from mistral_dist.data.prepare import prepare
 
     sources.check(prepared.all_sources(recipe))
+    if recipe.data.streaming and not has_held_out(recipe.data):
+        return None
     encoder = load_encoder(recipe)
     if prepared.read_manifest(recipe.data_dir) is None:
         return prepare(recipe, encoder, track)

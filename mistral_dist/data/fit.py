@@ -19,11 +19,12 @@ SPARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An example that fits, and how long it is."""
+    """An example that fits, with its token ids and targets."""
 
+    id: str
+    """The document's, with a number where there are several."""
     example: Example
-    tokens: int
-    targets: int
+    encoded: Encoded
     shortened: bool = False
 
 
@@ -41,18 +42,21 @@ def _fitted(example: Example, encoded: Encoded | Rejected, encoder: Encoder, dat
         token = encoder.control_token_in(example)
         if token is not None:
             raise Rejected("control_token", f"holds {token!r}, which would end a turn or begin one")
-        if isinstance(encoded, Encoded):
-            return _pieces(example, encoded, encoder, data)
-        if encoded.reason != MOVED:
-            raise encoded
-        return [piece for part in encoder.unrolled(example) for piece in _pieces(part, encoder.encode(part), encoder, data)]
+        parts = _parts(example, encoded, encoder, data)
     except Rejected as reason:
         return reason
+    if len(parts) == 1:
+        return parts
+    return [replace(part, id=f"{example.id}-{number}") for number, part in enumerate(parts, 1)]
 
 
-def _pieces(example: Example, encoded: Encoded, encoder: Encoder, data: Data) -> list[Piece]:
+def _parts(example: Example, encoded: Encoded | Rejected, encoder: Encoder, data: Data) -> list[Piece]:
+    if isinstance(encoded, Rejected):
+        if encoded.reason != MOVED:
+            raise encoded
+        return [piece for part in encoder.unrolled(example) for piece in _parts(part, encoder.encode(part), encoder, data)]
     if len(encoded.ids) <= data.max_length:
-        return [Piece(example, len(encoded.ids), len(encoded.targets))]
+        return [Piece(example.id, example, encoded)]
     if encoder.task.kind == "pretrain":
         return list(_cut_up(example, data.max_length, encoder))
     return [_too_long(example, len(encoded.ids), encoder, data)]
@@ -77,7 +81,7 @@ def _shortened(example: Example, encoder: Encoder, capacity: int) -> Piece | Non
         encoded = encoder.encode(example)
         excess = len(encoded.ids) - capacity
         if excess <= 0:
-            return Piece(example, len(encoded.ids), len(encoded.targets), shortened=True)
+            return Piece(example.id, example, encoded, shortened=True)
         newer = _without_oldest_exchange(example.messages)
         if newer is not None and any(turn["role"] == "assistant" and turn.get("train", True) for turn in newer):
             example = replace(example, messages=newer)
@@ -121,8 +125,7 @@ def _cut_up(example: Example, capacity: int, encoder: Encoder) -> Iterator[Piece
     texts = list(_cut(example, example.text, capacity, encoder))
     for number, text in enumerate(texts, 1):
         piece = replace(example, place=f"{example.place} part {number}", text=text, ends=number == len(texts))
-        encoded = encoder.encode(piece)
-        yield Piece(piece, len(encoded.ids), len(encoded.targets))
+        yield Piece(example.id, piece, encoder.encode(piece))
 
 
 def _cut(example: Example, text: str, capacity: int, encoder: Encoder) -> Iterator[str]:

@@ -24,9 +24,10 @@ import pyarrow as pa
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data import sources
 from mistral_dist.data.audit import Audit, shape, written
+from mistral_dist.data.cleaner import Cleaner, read_benchmarks
 from mistral_dist.data.duplicates import Benchmark
 from mistral_dist.data.encode import Encoder
-from mistral_dist.data.example import Rejected, from_record
+from mistral_dist.data.example import Rejected, Row, from_record
 from mistral_dist.data.prepared import (
     FORMAT,
     Prepared,
@@ -37,11 +38,10 @@ from mistral_dist.data.prepared import (
     split_rule,
     write_assignments,
 )  # fmt: skip
-from mistral_dist.data.rows import benchmark_texts
 from mistral_dist.data.shards import Spool, Writer
 from mistral_dist.data.sift import DROPPED, Documents, Known, Sifted, sift
-from mistral_dist.data.split import SPLITS, TRAIN
-from mistral_dist.data.workers import Cleaned, Cleaner, clean_all, entry
+from mistral_dist.data.split import SPLITS, TEST, TRAIN, VALIDATION
+from mistral_dist.data.workers import Cleaned, clean_all, entry
 from mistral_dist.errors import DataError
 from mistral_dist.files import ASIDE, aside_of, publish, write_text
 
@@ -148,9 +148,9 @@ class Gathered:
 
 def _gather(recipe: Recipe, encoder: Encoder, audit: Audit, spool: Spool, track: Track) -> Gathered:
     """Read and clean all rows."""
-    benchmark = [text for _, row in sources.read(recipe.data.benchmarks) for text in benchmark_texts(row)]
+    benchmark = read_benchmarks(recipe)
     cleaner = Cleaner(recipe, encoder, Benchmark(benchmark))
-    rows = track(sources.read(recipe.data.sources), "reading, cleaning, measuring")
+    rows = track(_rows(recipe), "reading, cleaning, measuring")
     columns: dict[str, list[Any]] = {name: [] for name in ("ids", "labels", "sources", "groups", "sketches", "records")}
     for found in clean_all(rows, cleaner, benchmark):
         audit.note(found.rows, found.changed, found.rejected)
@@ -170,6 +170,13 @@ def _gather(recipe: Recipe, encoder: Encoder, audit: Audit, spool: Spool, track:
         return _place(spool, first_record, document)[0]
 
     return Gathered(Documents(**joined, text=text, place=place), spool, first_record)
+
+
+def _rows(recipe: Recipe) -> Iterator[tuple[int, Row]]:
+    """The rows to prepare: all, but those that training streams."""
+    for index, source in enumerate(recipe.data.sources):
+        if source.into in (VALIDATION, TEST) or not recipe.data.streaming:
+            yield from ((index, row) for _, row in sources.read([source]))
 
 
 def _append(columns: dict[str, list[Any]], found: Cleaned, recipe: Recipe) -> None:
@@ -242,9 +249,10 @@ def _remembered(known: Known, documents: Documents, sifted: Sifted, recipe: Reci
 
 def _refuse_empty(recipe: Recipe, sifted: Sifted, audit: Audit) -> None:
     wanted = {"validation": recipe.data.validation_fraction, "test": recipe.data.test_fraction}
-    divided = any(source.into is None for source in recipe.data.sources)
+    divided = any(source.into is None for source in recipe.data.sources) and not recipe.data.streaming
     for number, name in enumerate(SPLITS):
-        needed = name in [source.into for source in recipe.data.sources] or (divided and (name == TRAIN or wanted[name] > 0))
+        own = name in [source.into for source in recipe.data.sources] and not (name == TRAIN and recipe.data.streaming)
+        needed = own or (divided and (name == TRAIN or wanted[name] > 0))
         if needed and not (sifted.splits == number).any():
             dropped = "; ".join(audit.reasons()) or "none"
             kept = int((sifted.splits != DROPPED).sum())

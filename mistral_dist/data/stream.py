@@ -11,26 +11,24 @@ World size, micro-batch and restarts do not occur in the first three lines; that
 integer, the next pack, and travels with each step's work: what a background thread has read ahead is never counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.pack import best_fit
 
+T = TypeVar("T")
+
 WINDOW = 4096
 """Examples packed together: enough for a fill of 98 % and more at any usual length, small enough to pack in 2 ms."""
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where a run stands in its data: the next pack. The same for every world size."""
-
-    pack: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """A row that is not trained on, and why."""
+
+    place: str
+    reason: str
+    because: str
+    is_bad: bool
+    """Whether it could not be read or is no example; else a rule of the recipe leaves it out."""
+
+
+@dataclass(frozen=True)
 class Work:
-    """One optimizer step, as this rank sees it; the counts are those of the global batch."""
+    """One optimizer step, as this rank sees it; the counts, once agreed on, are those of the global batch."""
 
     step: int
     batches: tuple[Batch, ...]
@@ -79,9 +88,13 @@ class Work:
     tokens: int
     examples: int
     epoch: float
-    """Epochs finished after this step."""
+    """Epochs finished after this step; of a stream, the rounds that its lanes have finished, on average."""
     cursor: Cursor
-    """Where the run stands after this step."""
+    """Where the run stands after this step; of the lanes of a stream, those of this rank."""
+    dropped: int = 0
+    """Rows of a stream that were dropped on the way to this step."""
+    drops: tuple[tuple[int, Drop], ...] = ()
+    """(slot, drop) of those of this rank's rows that were met for the first time."""
 
 
 class Plan:
@@ -149,13 +162,15 @@ class Stream:
         self, plan: Plan, examples: Examples, lengths: tuple[np.ndarray, np.ndarray], *, rank: int, world_size: int, micro_batch_size: int
     ) -> None:
         """`lengths`: (tokens, targets) of each example, int [examples]."""
-        if world_size > plan.global_batch_size:
-            raise ValueError(f"{world_size} ranks cannot share a global batch of {plan.global_batch_size}")
         self.plan = plan
         self._examples = examples
         self._tokens, self._targets = lengths
-        slots = range(rank, -(-plan.global_batch_size // world_size) * world_size, world_size)
-        self._micro = [slots[i : i + micro_batch_size] for i in range(0, len(slots), micro_batch_size)]
+        self._micro = micro_slots(plan.global_batch_size, rank, world_size, micro_batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        return self.plan.steps
 
     def work(self, step: int) -> Work:
         """The work of a step (from 0): a pure function, whatever was read before."""
@@ -174,18 +189,54 @@ class Stream:
     def from_cursor(self, cursor: Cursor) -> Iterator[Work]:
         """The remaining work of the run; the next step is encoded while this one is trained on."""
         start = cursor.pack // self.plan.global_batch_size
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as background:
-            ahead = [background.submit(self.work, step) for step in range(start, min(start + 1, self.plan.steps))]
-            for step in range(start, self.plan.steps):
-                work = ahead.pop(0).result()
-                if step + 1 < self.plan.steps:
-                    ahead.append(background.submit(self.work, step + 1))
-                yield work
+        with background("encode") as encoding:
+            yield from Ahead(map(self.work, range(start, self.plan.steps)), encoding)
+
+    def agree(self, work: Work, total: Callable[[Sequence[float]], list[float]]) -> Work:  # noqa: ARG002
+        """The work as it is: every rank knows the counts of the global batch from the plan."""
+        return work
 
     def _batch(self, packs: Sequence[np.ndarray], slots: Sequence[int]) -> Batch:
         filled = [(slot, [self._examples.encode(int(i)) for i in packs[slot]]) for slot in slots if slot < len(packs)]
         batch = collate([encoded for _, pack in filled for _, encoded in pack])
         return Batch(**batch, ids=tuple((slot, tuple(id for id, _ in pack)) for slot, pack in filled))
+
+
+def micro_slots(global_batch_size: int, rank: int, world_size: int, micro_batch_size: int) -> list[range]:
+    """The slots that a rank serves, one range for each micro-batch; all ranks have as many, some with slots beyond the batch."""
+    if world_size > global_batch_size:
+        raise ValueError(f"{world_size} ranks cannot share a global batch of {global_batch_size}")
+    slots = range(rank, -(-global_batch_size // world_size) * world_size, world_size)
+    return [slots[i : i + micro_batch_size] for i in range(0, len(slots), micro_batch_size)]
+
+
+@contextmanager
+def background(name: str) -> Iterator[ThreadPoolExecutor]:
+    """One thread; at the end, what it has not begun is not done."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    try:
+        yield thread
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)
+
+
+class Ahead(Iterator[T]):
+    """The same items, each made in a background thread while the one before is used. The first is begun at once."""
+
+    def __init__(self, items: Iterator[T], thread: ThreadPoolExecutor) -> None:
+        self._items, self._thread = items, thread
+        self._coming = thread.submit(self._make)
+
+    def __next__(self) -> T:
+        made = self._coming.result()
+        if not made:
+            raise StopIteration
+        self._coming = self._thread.submit(self._make)
+        return made[0]
+
+    def _make(self) -> list[T]:
+        """The next item in a list; at the end an empty one, since a thread cannot hand over a StopIteration."""
+        return list(islice(self._items, 1))
 
 
 def collate(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:

@@ -18,12 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from mistral_dist.config import Recipe
-from mistral_dist.data.clean import tidy
+from mistral_dist.data.cleaner import Cleaner, Document
 from mistral_dist.data.duplicates import PERMUTATIONS, Benchmark, sketch
-from mistral_dist.data.encode import Encoder, load_encoder
+from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import BadRow, Example, Rejected, Row, to_record
-from mistral_dist.data.fit import Piece, fit
-from mistral_dist.data.rows import read_example
+from mistral_dist.data.fit import Piece
 from mistral_dist.data.shards import SCHEMA
 from mistral_dist.errors import DataError
 from mistral_dist.runtime.process import serve_parent
@@ -61,49 +60,26 @@ class Cleaned:
     """What was left out: place, source, reason, because, text; and `bad` where it was no example at all."""
 
 
-@dataclass(frozen=True)
-class Cleaner:
-    """Turns chunks of rows into documents."""
-
-    recipe: Recipe
-    encoder: Encoder
-    benchmark: Benchmark
-
-    def clean(self, chunk: Chunk) -> Cleaned:
-        """Read, repair, filter, measure and sketch the examples of a chunk."""
-        examples: list[Example] = []
-        rejected: list[dict[str, Any]] = []
-        changed: Counter[str] = Counter()
-        for source, row in chunk:
-            try:
-                example, changes = tidy(read_example(row, self.recipe.task, self.recipe.data.sources[source], source), self.recipe.data)
-                self._refuse_benchmark(example)
-                examples.append(example)
-                changed.update(changes)
-            except Rejected as reason:
-                rejected.append(_rejected(row, source, reason))
-        fitted = fit(examples, self.encoder, self.recipe.data)
-        documents = [(example, pieces) for example, pieces in zip(examples, fitted, strict=True) if not isinstance(pieces, Rejected)]
-        for example, pieces in zip(examples, fitted, strict=True):
-            if isinstance(pieces, Rejected):
-                rejected.append(entry(example.place, example.source, pieces, example.content))
-        changed["shortened"] += sum(piece.shortened for _, pieces in documents for piece in pieces)
-        found = _documents(documents, with_sketches=self.recipe.data.near_duplicates is not None)
-        found.rows, found.changed, found.rejected = Counter(source for source, _ in chunk), changed, rejected
-        return found
-
-    def _refuse_benchmark(self, example: Example) -> None:
-        """What may be trained on must not say what a benchmark asks; validation and test examples may."""
-        if self.recipe.data.sources[example.source].into in (None, "train"):
-            run = self.benchmark.run_in(example.content)
-            if run is not None:
-                raise Rejected("in_benchmark", f"shares {run!r} with a benchmark")
+def clean(chunk: Chunk, cleaner: Cleaner) -> Cleaned:
+    """Clean a chunk, and lay out what was found by columns."""
+    documents: list[Document] = []
+    rejected: list[dict[str, Any]] = []
+    for (source, row), found in zip(chunk, cleaner.documents(chunk), strict=True):
+        if isinstance(found, Rejected):
+            rejected.append(_rejected(row, source, found))
+        else:
+            documents.append(found)
+    result = _columns(documents, with_sketches=cleaner.recipe.data.near_duplicates is not None)
+    result.rows, result.rejected = Counter(source for source, _ in chunk), rejected
+    result.changed = Counter(change for document in documents for change in document.changes)
+    result.changed["shortened"] = sum(piece.shortened for document in documents for piece in document.pieces)
+    return result
 
 
-def _documents(documents: Sequence[tuple[Example, list[Piece]]], *, with_sketches: bool) -> Cleaned:
-    records = [record for example, pieces in documents for record in _records(example, pieces)]
+def _columns(documents: Sequence[Document], *, with_sketches: bool) -> Cleaned:
+    records = [_record(document.example, piece) for document in documents for piece in document.pieces]
     columns = {name: [record[name] for record in records] for name in SCHEMA.names}
-    examples = [example for example, _ in documents]
+    examples = [document.example for document in documents]
     sketches = [sketch(example.content) for example in examples] if with_sketches else []
     return Cleaned(
         batch=pa.RecordBatch.from_pydict(columns, schema=SCHEMA),
@@ -112,15 +88,13 @@ def _documents(documents: Sequence[tuple[Example, list[Piece]]], *, with_sketche
         sources=np.array([example.source for example in examples], np.int16),
         groups=np.array([group_id(example.group) for example in examples], np.uint64),
         sketches=np.array(sketches, np.uint32).reshape(len(examples), PERMUTATIONS if with_sketches else 0),
-        records=np.array([len(pieces) for _, pieces in documents], np.int32),
+        records=np.array([len(document.pieces) for document in documents], np.int32),
     )
 
 
-def _records(example: Example, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:
-    for number, piece in enumerate(pieces, 1):
-        name = example.id if len(pieces) == 1 else f"{example.id}-{number}"
-        lengths = {"tokens": piece.tokens, "targets": piece.targets}
-        yield {"id": name, "document": example.id, **to_record(piece.example), **lengths}
+def _record(document: Example, piece: Piece) -> dict[str, Any]:
+    lengths = {"tokens": len(piece.encoded.ids), "targets": len(piece.encoded.targets)}
+    return {"id": piece.id, "document": document.id, **to_record(piece.example), **lengths}
 
 
 def group_id(group: str) -> int:
@@ -167,10 +141,10 @@ def clean_all(rows: Iterable[tuple[int, Row]], cleaner: Cleaner, benchmark_texts
     """Clean all rows, in order. Raises DataError where a process dies, which is how a full memory shows."""
     waiting = chunks(rows)
     for chunk in islice(waiting, ALONE):
-        yield cleaner.clean(chunk)
+        yield clean(chunk, cleaner)
     processes = cleaner.recipe.data.workers or len(os.sched_getaffinity(0))
     if processes == 1:
-        yield from map(cleaner.clean, waiting)
+        yield from (clean(chunk, cleaner) for chunk in waiting)
         return
     following = next(waiting, None)
     if following is not None:
@@ -207,4 +181,4 @@ def _start(recipe: str, benchmark_texts: list[str]) -> None:
 
 
 def _work(chunk: Chunk) -> Cleaned:
-    return _cleaner.clean(chunk)
+    return clean(chunk, _cleaner)

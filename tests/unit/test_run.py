@@ -131,9 +131,13 @@ def test_a_sync_ends_nothing(run: RunDirectory) -> None:
 
 def test_what_lies_after_a_step_is_cut_back(run: RunDirectory) -> None:
     fill(run, 9)
+    for step in (2, 2, 5, 6, 6):
+        run.append("quarantine.jsonl", {"step": step, "place": "a.jsonl:7", "reason": "not_json", "because": "..."})
+    run.sync()
     run.cut_back(5)
     for name in ("metrics.jsonl", "data_order.jsonl"):
         assert steps_in(run.path / name) == [1, 2, 3, 4, 5]
+    assert steps_in(run.path / "quarantine.jsonl") == [2, 2, 5]
     run.append("metrics.jsonl", {"step": 6})
     run.sync()
     assert steps_in(run.path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]

@@ -1,5 +1,9 @@
 """The order of the data: pure, complete, and the same for every number of ranks."""
 
+import json
+from dataclasses import asdict
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -93,6 +97,32 @@ def test_going_on_from_a_cursor_is_as_if_never_stopped(lengths: list[int], batch
     cursors = [Cursor(), *(work.cursor for work in stream(lengths, batch, epochs=2).from_cursor(Cursor()))]
     rest = list(stream(lengths, batch, epochs=2).from_cursor(cursors[stop]))
     assert [work.step for work in rest] == whole[stop:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=lengths_of,
+    batch=st.integers(1, 9),
+    epochs=st.integers(1, 3),
+    kills=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 8), st.integers(1, 3)), max_size=4),
+)
+def test_killed_and_moved_to_other_ranks_the_order_is_that_of_one_process(
+    lengths: list[int], batch: int, epochs: int, kills: list[tuple[int, int, int, int]]
+) -> None:
+    """Each group of ranks goes on from the last checkpoint, makes some steps, saves, and is killed some steps later."""
+    wanted = order([stream(lengths, batch, epochs=epochs)])
+    cursor = Cursor()
+    for saves_after, lost, world, micro in [*kills, (0, len(wanted), 8, 2)]:
+        start, world = cursor.pack // batch, min(world, batch)
+        made = []
+        ranks = [stream(lengths, batch, rank, world, micro, epochs).from_cursor(cursor) for rank in range(world)]
+        for works in islice(zip(*ranks, strict=True), saves_after + lost):
+            slots = sorted(entry for work in works for one in work.batches for entry in one.ids)
+            made.append([id for _, ids in slots for id in ids])
+            if len(made) == saves_after:
+                cursor = Cursor.from_json(json.loads(json.dumps(asdict(Cursor.whole(work.cursor for work in works)))))
+        assert made == wanted[start : start + saves_after + lost]
+    assert start + len(made) == len(wanted)
 
 
 def test_only_the_last_step_has_empty_slots_and_epochs_follow_without_a_gap() -> None:

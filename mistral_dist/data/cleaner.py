@@ -1,0 +1,63 @@
+"""The whole way of a row: read, repaired, filtered, encoded, fitted into packs. The same for `prepare` and for streams."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mistral_dist.config import Recipe
+from mistral_dist.data import sources
+from mistral_dist.data.clean import tidy
+from mistral_dist.data.duplicates import Benchmark
+from mistral_dist.data.encode import Encoder
+from mistral_dist.data.example import Example, Rejected, Row
+from mistral_dist.data.fit import Piece, fit
+from mistral_dist.data.rows import benchmark_texts, read_example
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An example that can be trained on, in pieces that fit."""
+
+    example: Example
+    pieces: list[Piece]
+    changes: list[str]
+    """What was repaired."""
+
+
+@dataclass(frozen=True)
+class Cleaner:
+    """Turns rows into documents."""
+
+    recipe: Recipe
+    encoder: Encoder
+    benchmark: Benchmark
+
+    def documents(self, rows: Sequence[tuple[int, Row]]) -> list[Document | Rejected]:
+        """What each row became; `rows`: (its source's place in the recipe, the row)."""
+        read = [self._read(source, row) for source, row in rows]
+        examples = [found[0] for found in read if not isinstance(found, Rejected)]
+        fitted = iter(fit(examples, self.encoder, self.recipe.data))
+        return [found if isinstance(found, Rejected) else _document(*found, next(fitted)) for found in read]
+
+    def _read(self, source: int, row: Row) -> tuple[Example, list[str]] | Rejected:
+        try:
+            example, changes = tidy(read_example(row, self.recipe.task, self.recipe.data.sources[source], source), self.recipe.data)
+            self._refuse_benchmark(example)
+            return example, changes
+        except Rejected as reason:
+            return reason
+
+    def _refuse_benchmark(self, example: Example) -> None:
+        """What may be trained on must not say what a benchmark asks; validation and test examples may."""
+        if self.recipe.data.sources[example.source].into in (None, "train"):
+            run = self.benchmark.run_in(example.content)
+            if run is not None:
+                raise Rejected("in_benchmark", f"shares {run!r} with a benchmark")
+
+
+def _document(example: Example, changes: list[str], pieces: list[Piece] | Rejected) -> Document | Rejected:
+    return pieces if isinstance(pieces, Rejected) else Document(example, pieces, changes)
+
+
+def read_benchmarks(recipe: Recipe) -> list[str]:
+    """The texts of the recipe's benchmarks. Raises DataError where one cannot be read."""
+    return [text for _, row in sources.read(recipe.data.benchmarks) for text in benchmark_texts(row)]

@@ -1,0 +1,115 @@
+"""What training is fed with: the prepared data after a plan, or a stream by its lanes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from mistral_dist.config import Data, Recipe, digest
+from mistral_dist.data import sources
+from mistral_dist.data.cleaner import Cleaner, read_benchmarks
+from mistral_dist.data.duplicates import Benchmark
+from mistral_dist.data.encode import Encoded, Encoder
+from mistral_dist.data.example import from_record
+from mistral_dist.data.lanes import Lanes, Rules, Streamed
+from mistral_dist.data.prepared import Prepared, open_prepared
+from mistral_dist.data.reader import BlockReader
+from mistral_dist.data.split import TEST, TRAIN
+from mistral_dist.data.stream import Plan, Stream
+from mistral_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one rank trains on, step by step, and what it is."""
+
+    stream: Stream | Lanes
+    fingerprint: str
+    """Changes when the data change: a run goes on with the data that it began with."""
+    place: str
+    """Where the data are, in words."""
+    about: str
+    """What they are, as the model card says it."""
+
+
+def open_feed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
+    """The recipe's data as this rank sees them. Raises DataError where they are missing."""
+    if recipe.data.streaming:
+        return _streamed(recipe, encoder, rank, world_size)
+    return _prepared(recipe, open_prepared(recipe, encoder), encoder, rank, world_size)
+
+
+def has_held_out(data: Data) -> bool:
+    """Whether a source is one of the user's own validation or test."""
+    return any(source.into not in (None, TRAIN) for source in data.sources)
+
+
+def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, world_size: int) -> Feed:
+    tokens, targets = prepared.lengths(TRAIN)
+    plan = Plan(
+        tokens,
+        capacity=recipe.data.max_length,
+        seed=recipe.train.seed,
+        epochs=recipe.train.epochs,
+        global_batch_size=recipe.train.global_batch_size,
+        steps=recipe.train.steps,
+    )
+    examples = _Examples(prepared.split(TRAIN), encoder)
+    micro = recipe.train.micro_batch_size
+    stream = Stream(plan, examples, (tokens, targets), rank=rank, world_size=world_size, micro_batch_size=micro)
+    counts = prepared.manifest["examples"]
+    about = f"{counts[TRAIN]} examples; {counts[TEST]} more were held out for the test"
+    return Feed(stream, prepared.fingerprint, str(prepared.path), about)
+
+
+def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
+    train, data = recipe.train, recipe.data
+    assert train.steps is not None, "the recipe refuses a stream without train.steps"
+    streamed = [
+        Streamed(index, f"data.sources.{index}", sources.shards(source), source.weight)
+        for index, source in enumerate(data.sources)
+        if source.into in (None, TRAIN)
+    ]
+    if not streamed:
+        raise DataError("data.sources: none to train on, each has an `into` of its own; add one without")
+    lanes = Lanes(
+        streamed,
+        BlockReader(Cleaner(recipe, encoder, Benchmark(read_benchmarks(recipe)))),
+        Rules(train.global_batch_size, data.block, data.max_length, train.seed, data.bad_rows),
+        train.steps,
+        rank,
+        world_size,
+        train.micro_batch_size,
+    )
+    return Feed(lanes, stream_fingerprint(recipe, encoder, streamed), "data.sources", "a stream that was not prepared, without a split")
+
+
+def stream_fingerprint(recipe: Recipe, encoder: Encoder, streamed: Sequence[Streamed]) -> str:
+    """Changes with the data section, the encoding, and the names or sizes of the shards.
+
+    What a stream holds cannot be known before it is read: that is as much as can be checked. A shard that is no file of
+    this machine has no size here.
+    """
+    files = [[shard.name, _bytes(Path(shard.name))] for source in streamed for shard in source.shards]
+    data = recipe.data.model_dump(mode="json", exclude={"dir", "workers"})
+    return digest({"data": data, "shards": files, "encoding": encoder.fingerprint})
+
+
+def _bytes(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+class _Examples:
+    """The train split, encoded when it is asked for."""
+
+    def __init__(self, split: datasets.Dataset, encoder: Encoder) -> None:
+        self._split, self._encoder = split, encoder
+
+    def encode(self, index: int) -> tuple[str, Encoded]:
+        record = self._split[index]
+        encoded = self._encoder.encode(from_record(record))
+        if (len(encoded.ids), len(encoded.targets)) != (record["tokens"], record["targets"]):
+            # the plan, the loss's denominator and the number of steps stand on the stored lengths
+            raise DataError(f"{record['place']}: is encoded to another length than when it was prepared; run `mistral-dist prepare` again")
+        return record["id"], encoded
