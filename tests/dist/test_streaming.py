@@ -52,7 +52,7 @@ def test_a_stream_is_the_same_on_any_ranks_and_through_a_kill(
     alone = train(recipe, tmp_path / "alone", processes=1, zero=0)
     check_order(alone)
     bad = lines(alone / "quarantine.jsonl")
-    assert len(bad) >= 8 and {entry["reason"] for entry in bad} <= {"not_json", "unreadable"}
+    assert len(bad) >= 8 and {entry["reason"] for entry in bad} == {"not_json"}
     assert max(Counter(entry["place"] for entry in bad).values()) == 1
     assert sum(entry["dropped"] for entry in lines(alone / "metrics.jsonl")) >= len(bad)
     runs = {f"ZeRO-2 x {ranks}": train(recipe, tmp_path / str(ranks), processes=ranks) for ranks in (2, 3)}
