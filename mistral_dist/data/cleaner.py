@@ -39,11 +39,15 @@ class Cleaner:
         return [found if isinstance(found, Rejected) else _document(*found, next(fitted)) for found in read]
 
     def _read(self, source: int, row: Row) -> tuple[Example, list[str]] | Rejected:
+        content = ""
         try:
-            example, changes = tidy(read_example(row, self.recipe.task, self.recipe.data.sources[source], source), self.recipe.data)
+            read = read_example(row, self.recipe.task, self.recipe.data.sources[source], source)
+            content = read.content
+            example, changes = tidy(read, self.recipe.data)
             self._refuse_benchmark(example)
             return example, changes
         except Rejected as reason:
+            reason.text = content
             return reason
 
     def _refuse_benchmark(self, example: Example) -> None:
@@ -55,7 +59,10 @@ class Cleaner:
 
 
 def _document(example: Example, changes: list[str], pieces: list[Piece] | Rejected) -> Document | Rejected:
-    return pieces if isinstance(pieces, Rejected) else Document(example, pieces, changes)
+    if isinstance(pieces, Rejected):
+        pieces.text = example.content
+        return pieces
+    return Document(example, pieces, changes)
 
 
 def read_benchmarks(recipe: Recipe) -> list[str]:

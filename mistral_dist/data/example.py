@@ -33,6 +33,8 @@ class Rejected(Exception):
         super().__init__(reason, because)  # both, so that it can cross to another process
         self.reason = reason
         self.because = because
+        self.text = ""
+        """The example's content, where it could be read."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.because}"

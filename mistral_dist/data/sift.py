@@ -71,7 +71,9 @@ class _Sifter:
     documents: Documents
     data: Data
     sides: np.ndarray
-    """object [documents]: the split that a document has already, or None"""
+    """object [documents]: the split that a document has already, or that its group has, or None"""
+    placed: np.ndarray
+    """bool [documents]: whether it is the document's own: it is not new"""
     alive: np.ndarray = field(init=False)
     """int64: the documents that are still in, in the order of who stays"""
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
@@ -88,8 +90,8 @@ class _Sifter:
 def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     """Drop what says the same or contradicts itself, and give the rest to the splits; what was assigned before is kept."""
     own = [source.into for source in data.sources]
-    sides, priority = _sides(documents, own, known)
-    sifter = _Sifter(documents, data, sides)
+    sides, priority, placed = _sides(documents, own, known)
+    sifter = _Sifter(documents, data, sides, placed)
     sifter.alive = np.lexsort((np.arange(len(documents)), priority))
     sifter.drop(_contradictions(sifter))
     sifter.drop(_repetitions(sifter))
@@ -104,18 +106,19 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     return Sifted(splits, sifter.dropped, _leakage(documents, splits, near))
 
 
-def _sides(documents: Documents, own: Sequence[str | None], known: Known) -> tuple[np.ndarray, np.ndarray]:
-    """The split that each document has already, and its rank among those that say the same."""
+def _sides(documents: Documents, own: Sequence[str | None], known: Known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each document the split that it or its group has already, its rank among those that say the same, and whether it is not new."""
     sides = np.array([own[source] for source in documents.sources.tolist()], dtype=object)
     priority = np.array([FIRST[side] for side in sides.tolist()], dtype=np.int8)
+    placed = np.array([side is not None for side in sides.tolist()], dtype=bool)
     if known.splits:
         for document, (id, group) in enumerate(zip(documents.ids.tolist(), documents.groups.tolist(), strict=True)):
             if sides[document] is None and known.splits.get(id) and known.groups.get(id, 0) == group:
-                sides[document], priority[document] = known.splits[id], KNOWN_BEFORE
+                sides[document], priority[document], placed[document] = known.splits[id], KNOWN_BEFORE, True
             elif sides[document] is None:
                 # new, or of another group than before: then the group decides
                 sides[document] = (known.splits.get(group) if group else None) or known.splits.get(id)
-    return sides, priority
+    return sides, priority, placed
 
 
 def _contradictions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
@@ -191,7 +194,7 @@ def _sides_of(sifter: _Sifter, families: Families, members: np.ndarray) -> dict[
 
 def _own_splits_that_touch(sifter: _Sifter, together: list[tuple[int, int]]) -> Iterator[tuple[int, str, str]]:
     """Documents with a place, of a family that has members in a split more precious: test before validation before train."""
-    placed = sifter.alive[sifter.sides[sifter.alive] != None]  # noqa: E711 - an elementwise comparison
+    placed = sifter.alive[sifter.placed[sifter.alive]]
     # a dropped copy's group does not speak against a place: a new copy of an old row must not drive out another old row
     families = _families(sifter, placed, together, own_groups_only=True)
     sides = _sides_of(sifter, families, placed)
@@ -207,7 +210,7 @@ def _between_two_splits(sifter: _Sifter, together: list[tuple[int, int]]) -> Ite
     sides = _sides_of(sifter, families, sifter.alive)
     for document in sifter.alive.tolist():
         touched = sides.get(families.of(document), set())
-        if len(touched) > 1 and sifter.sides[document] is None:
+        if len(touched) > 1 and not sifter.placed[document]:
             yield document, "between_splits", f"belongs together with what is in {' and in '.join(sorted(touched))}"
 
 

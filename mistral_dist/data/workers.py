@@ -110,6 +110,8 @@ def entry(place: str, source: int, reason: Rejected, text: str) -> dict[str, Any
 
 def _rejected(row: Row, source: int, reason: Rejected) -> dict[str, Any]:
     payload = row.payload
+    if reason.text:
+        return entry(row.place, source, reason, reason.text)
     text = payload[: 4 * SHOWN].decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
     return entry(row.place, source, reason, text.encode("utf-8", "replace").decode("utf-8"))
 

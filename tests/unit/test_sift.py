@@ -163,7 +163,7 @@ def test_groups_of_ones_own_splits_that_touch_leave_the_test_alone() -> None:
     assert reasons(found) == {0: "leaks"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     first=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 6), st.integers(0, 2)), max_size=40),
     more=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 6), st.integers(0, 2)), max_size=40),
