@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NOUNS = Path("/usr/share/wordnet/data.noun")
-TOPICS = (
+TOPICS = (  # noqa: SIM905 - words in a line are easier to read
     "tops act animal artifact attribute body cognition communication event feeling food group location motive object person "
     "phenomenon plant possession process quantity relation shape state substance time"
 ).split()

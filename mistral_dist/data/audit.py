@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mistral_dist.config import Recipe
+from mistral_dist.data.prepared import Prepared
 from mistral_dist.data.split import SPLITS, TRAIN
 from mistral_dist.data.stream import Plan
 from mistral_dist.errors import DataError
@@ -79,17 +80,19 @@ class Audit:
         ]
 
 
-def shape(recipe: Recipe, lengths: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """Lengths in tokens by split, and what training will make of them. `lengths`: (tokens, targets) by split."""
-    found: dict[str, Any] = {"lengths": {name: _percentiles(lengths[name][0]) for name in SPLITS}}
-    tokens = lengths[TRAIN][0]
+def shape(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Lengths in tokens by split, and what training will make of them."""
+    found: dict[str, Any] = {"lengths": {name: _percentiles(prepared.column(name, "tokens")) for name in SPLITS}}
+    tokens = prepared.column(TRAIN, "tokens")
     if len(tokens):
-        batch = recipe.train.global_batch_size
-        plan = Plan(tokens, capacity=recipe.data.max_length, seed=recipe.train.seed, epochs=1, global_batch_size=batch)
+        weights = prepared.weights(TRAIN, recipe.data.sources)
+        batch, capacity = recipe.train.global_batch_size, recipe.data.max_length
+        plan = Plan(tokens, capacity=capacity, seed=recipe.train.seed, epochs=1, global_batch_size=batch, weights=weights)
+        shown = sum(int(tokens[plan.pack(number)].sum()) for number in range(plan.packs))
         found["plan"] = {
-            "packs_per_epoch": len(plan.packs),
+            "packs_per_epoch": plan.packs,
             "steps_per_epoch": plan.steps,
-            "fill": round(float(tokens.sum()) / (len(plan.packs) * recipe.data.max_length), 4),
+            "fill": round(shown / max(1, plan.packs * capacity), 4),
         }
     return found
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -11,7 +12,7 @@ from mistral_dist.data import sources
 from mistral_dist.data.cleaner import Cleaner, read_benchmarks
 from mistral_dist.data.duplicates import Benchmark
 from mistral_dist.data.encode import Encoded, Encoder
-from mistral_dist.data.example import from_record
+from mistral_dist.data.example import BadRow, from_record
 from mistral_dist.data.lanes import Lanes, Rules, Streamed
 from mistral_dist.data.prepared import Prepared, open_prepared
 from mistral_dist.data.reader import BlockReader
@@ -54,6 +55,7 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
         epochs=recipe.train.epochs,
         global_batch_size=recipe.train.global_batch_size,
         steps=recipe.train.steps,
+        weights=prepared.weights(TRAIN, recipe.data.sources),
     )
     examples = _Examples(prepared.split(TRAIN), encoder)
     micro = recipe.train.micro_batch_size
@@ -106,10 +108,15 @@ class _Examples:
     def __init__(self, split: datasets.Dataset, encoder: Encoder) -> None:
         self._split, self._encoder = split, encoder
 
-    def encode(self, index: int) -> tuple[str, Encoded]:
-        record = self._split[index]
-        encoded = self._encoder.encode(from_record(record))
-        if (len(encoded.ids), len(encoded.targets)) != (record["tokens"], record["targets"]):
-            # the plan, the loss's denominator and the number of steps stand on the stored lengths
-            raise DataError(f"{record['place']}: is encoded to another length than when it was prepared; run `mistral-dist prepare` again")
-        return record["id"], encoded
+    def encode(self, indices: Sequence[int]) -> list[tuple[str, Encoded]]:
+        columns = self._split[list(indices)]
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        encoded = self._encoder.encode_batch([from_record(record) for record in records])
+        return [(record["id"], _checked(record, found)) for record, found in zip(records, encoded, strict=True)]
+
+
+def _checked(record: dict[str, Any], encoded: Encoded | BadRow) -> Encoded:
+    """The plan, the loss's denominator and the number of steps stand on the stored lengths."""
+    if isinstance(encoded, BadRow) or (len(encoded.ids), len(encoded.targets)) != (record["tokens"], record["targets"]):
+        raise DataError(f"{record['place']}: is encoded to another length than when it was prepared; run `mistral-dist prepare` again")
+    return encoded

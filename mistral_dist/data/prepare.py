@@ -92,8 +92,7 @@ def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[
     (folder / "spool.arrow").unlink()
     write_assignments(folder, _remembered(known, gathered.documents, sifted, recipe))
     manifest = {**_counts(recipe, encoder, audit, seen, sifted), **facts}
-    written_splits = Prepared(folder, manifest)
-    manifest |= shape(recipe, {name: written_splits.lengths(name) for name in SPLITS})
+    manifest |= shape(recipe, Prepared(folder, manifest))
     assert audit.total == sum(manifest["documents"].values()) + sum(audit.dropped.values()) + sum(audit.bad.values())
     write_text(folder / "audit.md", written(manifest, audit.samples, recipe))
     write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False))

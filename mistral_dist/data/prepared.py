@@ -8,6 +8,7 @@ data/<name>/
   audit.md                   the same for a person to read before paying for GPUs
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from mistral_dist.config import Recipe, digest
+from mistral_dist.config import Recipe, Source, digest
 from mistral_dist.data import sources
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.shards import read_shards
@@ -48,6 +49,10 @@ class Prepared:
     def lengths(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, targets) of each record of a split, int32 [records]."""
         return self.column(name, "tokens"), self.column(name, "targets")
+
+    def weights(self, name: str, sources: Sequence[Source]) -> np.ndarray:
+        """How often an epoch shows each record of a split, float64 [records]."""
+        return np.array([source.weight for source in sources])[self.column(name, "source")]
 
     def column(self, name: str, column: str) -> np.ndarray:
         """One column of a split."""
@@ -84,7 +89,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return read_json(path / "manifest.json")
 
 
-def all_sources(recipe: Recipe) -> tuple[Any, ...]:
+def all_sources(recipe: Recipe) -> tuple[Source, ...]:
     """What `prepare` reads: the sources and the benchmarks."""
     return (*recipe.data.sources, *recipe.data.benchmarks)
 

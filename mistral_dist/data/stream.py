@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -101,41 +101,81 @@ class Plan:
     """Which examples are in which pack, for the whole run."""
 
     def __init__(
-        self, lengths: np.ndarray, *, capacity: int, seed: int, epochs: int, global_batch_size: int, steps: int | None = None
+        self,
+        lengths: np.ndarray,
+        *,
+        capacity: int,
+        seed: int,
+        epochs: int,
+        global_batch_size: int,
+        steps: int | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
-        """`lengths`: tokens of each example, int [examples]. Raises ValueError for one above `capacity`."""
+        """`lengths`: tokens of each example, int [examples]; `weights`: how often an epoch shows each, float [examples].
+
+        Raises ValueError for a length above `capacity`.
+        """
         self.global_batch_size = global_batch_size
         wanted = None if steps is None else steps * global_batch_size
-        self.packs: list[np.ndarray] = []
+        members: list[np.ndarray] = []
+        sizes: list[int] = []
+        ends = [0]
         for epoch in range(epochs):
-            if wanted is not None and len(self.packs) >= wanted:
+            if wanted is not None and len(sizes) >= wanted:
                 break
-            self.packs += _epoch(lengths, capacity, seed, epoch)
-        self.packs = self.packs[:wanted]
-        self.steps = -(-len(self.packs) // global_batch_size)
-        self._seen = np.cumsum([len(pack) for pack in self.packs], dtype=np.int64)
-        self._examples = len(lengths)
+            order = _order(len(lengths), seed, epoch, weights)
+            packed, of_each = _packed(order, lengths, capacity, seed, epoch)
+            members.append(packed)
+            sizes += of_each
+            ends.append(ends[-1] + len(order))
+        sizes = sizes[:wanted]
+        self.packs = len(sizes)
+        self.steps = -(-self.packs // global_batch_size)
+        self._members = np.concatenate(members)
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._epoch_ends = np.array(ends)
+
+    def pack(self, number: int) -> np.ndarray:
+        """The examples of a pack, by index."""
+        return self._members[self._starts[number] : self._starts[number + 1]]
 
     def step(self, step: int) -> list[np.ndarray]:
         """The packs of a step (from 0), slot by slot; only the run's last step may have fewer than the global batch."""
-        return self.packs[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        first = step * self.global_batch_size
+        return [self.pack(number) for number in range(first, min(first + self.global_batch_size, self.packs))]
 
     def epoch_after(self, step: int) -> float:
         """Epochs finished after a step (from 0)."""
-        last = min((step + 1) * self.global_batch_size, len(self.packs)) - 1
-        return float(self._seen[last] / self._examples)
+        seen = self._starts[min((step + 1) * self.global_batch_size, self.packs)]
+        return float(np.interp(seen, self._epoch_ends, np.arange(len(self._epoch_ends))))
 
 
-def _epoch(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The packs of one epoch, as arrays of example indices."""
-    order = permutation(len(lengths), seed, epoch)
-    packs: list[np.ndarray] = []
+def _order(examples: int, seed: int, epoch: int, weights: np.ndarray | None) -> np.ndarray:
+    """The examples of one epoch in their order, int64; each once, or as often as its weight says.
+
+    A weight of w shows an example floor(w) or ceil(w) times, so that after e epochs it was shown e * w times, give or take
+    one; which examples are shown in which epoch follows from a permutation that stays.
+    """
+    if weights is None or (weights == 1).all():
+        return permutation(examples, seed, epoch)
+    phase = (permutation(examples, seed) + 0.5) / examples
+    copies = np.floor((epoch + 1) * weights + phase) - np.floor(epoch * weights + phase)
+    shown = np.repeat(np.arange(examples), copies.astype(np.int64))
+    return shown[permutation(len(shown), seed, epoch)]
+
+
+def _packed(order: np.ndarray, lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> tuple[np.ndarray, list[int]]:
+    """The packs of one epoch: their examples end to end, and how many each has."""
+    members: list[np.ndarray] = [np.empty(0, np.int64)]
+    sizes: list[int] = []
     for window, start in enumerate(range(0, len(order), WINDOW)):
-        members = order[start : start + WINDOW]
-        found = best_fit(lengths[members].tolist(), capacity)
+        own = order[start : start + WINDOW]
+        found = best_fit(lengths[own].tolist(), capacity)
         # best-fit opens its packs from the longest example to the shortest; training should not see them so
-        packs += [members[found[n]] for n in permutation(len(found), seed, epoch, window + 1)]
-    return packs
+        shuffled = [found[n] for n in permutation(len(found), seed, epoch, window + 1)]
+        members.append(own[np.fromiter(chain.from_iterable(shuffled), np.int64, len(own))])
+        sizes += map(len, shuffled)
+    return np.concatenate(members), sizes
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
@@ -151,8 +191,8 @@ def permutation(n: int, *key: int) -> np.ndarray:
 class Examples(Protocol):
     """Where the examples come from: indices in, encoded examples out."""
 
-    def encode(self, index: int) -> tuple[str, Encoded]:
-        """(id, token ids and targets) of one example."""
+    def encode(self, indices: Sequence[int]) -> list[tuple[str, Encoded]]:
+        """(id, token ids and targets) of some examples; together they take a fraction of the time of each alone."""
 
 
 class Stream:
@@ -197,9 +237,11 @@ class Stream:
         return work
 
     def _batch(self, packs: Sequence[np.ndarray], slots: Sequence[int]) -> Batch:
-        filled = [(slot, [self._examples.encode(int(i)) for i in packs[slot]]) for slot in slots if slot < len(packs)]
-        batch = collate([encoded for _, pack in filled for _, encoded in pack])
-        return Batch(**batch, ids=tuple((slot, tuple(id for id, _ in pack)) for slot, pack in filled))
+        filled = [slot for slot in slots if slot < len(packs)]
+        encoded = iter(self._examples.encode([int(i) for slot in filled for i in packs[slot]]) if filled else [])
+        rows = [(slot, [next(encoded) for _ in packs[slot]]) for slot in filled]
+        batch = collate([one for _, pack in rows for _, one in pack])
+        return Batch(**batch, ids=tuple((slot, tuple(id for id, _ in pack)) for slot, pack in rows))
 
 
 def micro_slots(global_batch_size: int, rank: int, world_size: int, micro_batch_size: int) -> list[range]:

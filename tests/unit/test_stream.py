@@ -1,6 +1,7 @@
 """The order of the data: pure, complete, and the same for every number of ranks."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 
@@ -22,8 +23,8 @@ class Numbered:
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
 
-    def encode(self, index: int) -> tuple[str, Encoded]:
-        return f"id{index}", Encoded([index] * self.lengths[index], list(range(1, self.lengths[index])))
+    def encode(self, indices: Sequence[int]) -> list[tuple[str, Encoded]]:
+        return [(f"id{n}", Encoded([n] * self.lengths[n], list(range(1, self.lengths[n])))) for n in indices]
 
 
 def stream(
@@ -58,13 +59,6 @@ def test_best_fit_takes_the_fullest_pack_with_room() -> None:
 def test_an_example_above_the_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match="example 1 has 65 tokens"):
         best_fit([3, 65], 64)
-
-
-def test_packing_fill_on_short_texts() -> None:
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(4.6, 0.6, 20_000).astype(int), 8, 2048)
-    plan = Plan(lengths, capacity=2048, seed=0, epochs=1, global_batch_size=1)
-    assert lengths.sum() / (len(plan.packs) * 2048) > 0.99
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,7 +136,8 @@ def test_epochs_differ_and_the_seed_decides() -> None:
     assert ids[:10] != ids[10:]
     tokens = np.array([30] * 20)
     other = Plan(tokens, capacity=64, seed=4, epochs=1, global_batch_size=1)
-    assert [list(pack) for pack in other.packs] != [list(pack) for pack in stream([30] * 20, batch=1).plan.packs]
+    plan = stream([30] * 20, batch=1).plan
+    assert [list(other.pack(n)) for n in range(10)] != [list(plan.pack(n)) for n in range(10)]
 
 
 def test_permutations_are_the_same_on_every_machine() -> None:
@@ -167,3 +162,45 @@ def test_a_row_restarts_positions_and_knows_its_targets() -> None:
 def test_an_empty_pack_has_a_target_that_weighs_nothing() -> None:
     assert collate([])["weights"].tolist() == [0]
     assert collate([])["targets"].numel() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths_of, batch=st.integers(1, 5), epochs=st.integers(1, 6), weight=st.sampled_from([0.1, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]))
+def test_weights_say_how_often_an_epoch_shows_an_example(lengths: list[int], batch: int, epochs: int, weight: float) -> None:
+    """Half of the examples have the weight, the others 1."""
+    weights = np.where(np.arange(len(lengths)) % 2 == 0, weight, 1.0)
+    plan = Plan(np.array(lengths), capacity=64, seed=3, epochs=epochs, global_batch_size=batch, weights=weights)
+    shown = np.bincount(np.concatenate([plan.pack(n) for n in range(plan.packs)] or [np.empty(0, int)]), minlength=len(lengths))
+    assert (shown[1::2] == epochs).all()
+    assert (np.abs(shown[::2] - epochs * weight) < 1).all()
+    if plan.steps:
+        assert plan.epoch_after(plan.steps - 1) == pytest.approx(epochs) or not shown.all()
+
+
+def test_a_weight_of_one_changes_nothing() -> None:
+    lengths = np.array([7, 9, 30, 31, 2, 40] * 20)
+    plain = Plan(lengths, capacity=64, seed=3, epochs=2, global_batch_size=4)
+    weighted = Plan(lengths, capacity=64, seed=3, epochs=2, global_batch_size=4, weights=np.ones(120))
+    assert [plain.pack(n).tolist() for n in range(plain.packs)] == [weighted.pack(n).tolist() for n in range(weighted.packs)]
+
+
+def test_half_a_weight_shows_each_example_once_in_two_epochs() -> None:
+    plan = Plan(np.full(40, 32), capacity=64, seed=0, epochs=2, global_batch_size=1, weights=np.full(40, 0.5))
+    shown = np.concatenate([plan.pack(n) for n in range(plan.packs)])
+    assert plan.packs == 20
+    assert sorted(shown.tolist()) == list(range(40))
+    assert plan.epoch_after(9) == 1
+
+
+@pytest.mark.parametrize(("mean", "sigma", "capacity", "least"), [(4.6, 0.6, 2048, 0.99), (6.4, 1.0, 4096, 0.98)])
+def test_packs_are_full_and_whole(mean: float, sigma: float, capacity: int, least: float) -> None:
+    """50,000 examples: short chats (mean about 120 tokens) at 2,048, long-tailed ones (mean about 1,000) at 4,096."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(mean, sigma, 50_000).astype(int), 8, capacity)
+    plan = Plan(lengths, capacity=capacity, seed=0, epochs=1, global_batch_size=8)
+    packed = [plan.pack(n) for n in range(plan.packs)]
+    assert sorted(np.concatenate(packed).tolist()) == list(range(50_000))
+    assert max(int(lengths[pack].sum()) for pack in packed) <= capacity
+    assert lengths.sum() / (plan.packs * capacity) >= least
+    assert [len(plan.step(step)) for step in range(plan.steps - 1)] == [8] * (plan.steps - 1)
+    assert min(map(len, packed)) > 0
