@@ -22,6 +22,11 @@ class Document:
     changes: list[str]
     """What was repaired."""
 
+    @property
+    def id(self) -> str:
+        """The example's id; its pieces know it."""
+        return self.pieces[0].id.partition("-")[0]
+
 
 @dataclass(frozen=True)
 class Cleaner:

@@ -47,7 +47,8 @@ def _fitted(example: Example, encoded: Encoded | Rejected, encoder: Encoder, dat
         return reason
     if len(parts) == 1:
         return parts
-    return [replace(part, id=f"{example.id}-{number}") for number, part in enumerate(parts, 1)]
+    name = example.id
+    return [replace(part, id=f"{name}-{number}") for number, part in enumerate(parts, 1)]
 
 
 def _parts(example: Example, encoded: Encoded | Rejected, encoder: Encoder, data: Data) -> list[Piece]:

@@ -77,13 +77,13 @@ def clean(chunk: Chunk, cleaner: Cleaner) -> Cleaned:
 
 
 def _columns(documents: Sequence[Document], *, with_sketches: bool) -> Cleaned:
-    records = [_record(document.example, piece) for document in documents for piece in document.pieces]
+    records = [_record(document, piece) for document in documents for piece in document.pieces]
     columns = {name: [record[name] for record in records] for name in SCHEMA.names}
     examples = [document.example for document in documents]
     sketches = [sketch(example.content) for example in examples] if with_sketches else []
     return Cleaned(
         batch=pa.RecordBatch.from_pydict(columns, schema=SCHEMA),
-        ids=np.array([int(example.id, 16) for example in examples], np.uint64),
+        ids=np.array([int(document.id, 16) for document in documents], np.uint64),
         labels=[example.label for example in examples],
         sources=np.array([example.source for example in examples], np.int16),
         groups=np.array([group_id(example.group) for example in examples], np.uint64),
@@ -92,7 +92,7 @@ def _columns(documents: Sequence[Document], *, with_sketches: bool) -> Cleaned:
     )
 
 
-def _record(document: Example, piece: Piece) -> dict[str, Any]:
+def _record(document: Document, piece: Piece) -> dict[str, Any]:
     lengths = {"tokens": len(piece.encoded.ids), "targets": len(piece.encoded.targets)}
     return {"id": piece.id, "document": document.id, **to_record(piece.example), **lengths}
 

@@ -237,8 +237,8 @@ class Elsewhere:
     def __init__(self, real: Any) -> None:
         self.real = real
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> Any:
-        return self.real.encode_batch(texts, add_special_tokens=add_special_tokens)
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
+        return self.real.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
     def encode(self, text: str, add_special_tokens: bool) -> Any:
         return self.real.encode(text.replace("assistant", "assistants"), add_special_tokens=add_special_tokens)
