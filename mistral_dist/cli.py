@@ -89,16 +89,15 @@ def preview(
     html: Annotated[Path | None, typer.Option("--html", help="Write one page that needs no network, instead of the terminal")] = None,
     split: Annotated[Split, typer.Option("--split", help="Of which split")] = Split.train,
 ) -> None:
-    """Show examples as the model sees them: every token, and which of them it learns."""
+    """Show examples as the model sees them: every token, and which of them it learns; before or after `prepare`."""
     from mistral_dist.config import Recipe
     from mistral_dist.data.encode import load_encoder
     from mistral_dist.display import console, say
     from mistral_dist.files import write_text
-    from mistral_dist.preview import as_html, as_terminal, examples_of, shown
+    from mistral_dist.preview import as_html, as_terminal, pages_of
 
     recipe = Recipe.load(recipe_file, overrides or [])
-    encoder = load_encoder(recipe)
-    pages = [shown(example, encoder, split) for example in examples_of(recipe, encoder, examples, split)]
+    pages = pages_of(recipe, load_encoder(recipe), examples, split)
     if html is None:
         console.print(as_terminal(pages), soft_wrap=True)
     else:

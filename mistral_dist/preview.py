@@ -8,14 +8,17 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 from rich.text import Text
 
 from mistral_dist.config import Recipe
+from mistral_dist.data import sources
+from mistral_dist.data.cleaner import Cleaner, read_benchmarks
+from mistral_dist.data.duplicates import Benchmark
 from mistral_dist.data.encode import Encoded, Encoder
-from mistral_dist.data.example import BadRow, Example, from_record
-from mistral_dist.data.prepared import open_prepared
+from mistral_dist.data.example import BadRow, Example, Rejected, from_record
+from mistral_dist.data.prepared import open_prepared, read_manifest
 from mistral_dist.errors import DataError
 
 SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u3000": "□", "\u200b": "⟨ZWSP⟩", "\u200d": "\u200d", "\ufeff": "⟨BOM⟩"}
@@ -44,12 +47,36 @@ class Shown:
     spans: tuple[Span, ...]
 
 
-def examples_of(recipe: Recipe, encoder: Encoder, count: int, split: str = "train") -> list[Example]:
+def pages_of(recipe: Recipe, encoder: Encoder, count: int, split: str = "train") -> list[Shown]:
+    """The first examples of a split of the prepared data; where there are none yet, what the first rows would become.
+
+    Raises DataError where the split is empty, and where the data were prepared with another recipe.
+    """
+    if read_manifest(recipe.data_dir) is None:
+        return _of_rows(recipe, encoder, count)
+    return [shown(example, encoder, split) for example in examples_of(recipe, encoder, count, split)]
+
+
+def examples_of(recipe: Recipe, encoder: Encoder, count: int, split: str) -> list[Example]:
     """The first examples of a split of the prepared data. Raises DataError, naming the command, where there are none."""
     records = open_prepared(recipe, encoder).split(split)
     if not len(records):
         raise DataError(f"{recipe.data_dir}: its {split} split is empty; choose another with --split")
     return [from_record(records[n]) for n in range(min(count, len(records)))]
+
+
+def _of_rows(recipe: Recipe, encoder: Encoder, count: int) -> list[Shown]:
+    """The first rows of each source, read and cleaned as `prepare` does it."""
+    cleaner = Cleaner(recipe, encoder, Benchmark(read_benchmarks(recipe)))
+    each = -(-count // len(recipe.data.sources))
+    rows = [(index, row) for index, source in enumerate(recipe.data.sources) for _, row in islice(sources.read([source]), each)]
+    pages: list[Shown] = []
+    for (_, row), found in zip(rows, cleaner.documents(rows), strict=True):
+        if isinstance(found, Rejected):
+            pages.append(Shown(f"{row.place} · left out: {found}", ()))
+        else:
+            pages += [shown(piece.example, encoder, "not prepared yet") for piece in found.pieces]
+    return pages[:count]
 
 
 def shown(example: Example, encoder: Encoder, split: str) -> Shown:

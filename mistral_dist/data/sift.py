@@ -240,11 +240,11 @@ def _assign(sifter: _Sifter, together: list[tuple[int, int]]) -> np.ndarray:
     return splits
 
 
-def _stratum(documents: Documents, document: int, data: Data) -> str:
+def _stratum(documents: Documents, document: int, data: Data) -> str | None:
     """What has the same shares in each split; splits of the user's own take no part in the shares."""
     label, source = int(documents.labels[document]), int(documents.sources[document])
     if data.sources[source].into is not None:
-        return "own"
+        return None
     if data.stratify == "none":
         return ""
     return f"source {source}" if data.stratify == "source" or label < 0 else f"label {label}"

@@ -1,6 +1,8 @@
 """Preparing on the real tokenizer: counts that add up, splits that stay, and nothing lost without a word."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mistral_dist.data.fit import fit
 from mistral_dist.data.prepare import prepare
 from mistral_dist.data.prepared import Prepared, open_prepared, read_manifest, sources_changed
 from mistral_dist.data.split import SPLITS
+from mistral_dist.data.stream import Plan
 from mistral_dist.errors import WRONG_INPUT, DataError
 from mistral_dist.hub import load_tokenizer
 
@@ -420,3 +423,197 @@ def test_the_fingerprint_is_of_the_examples_and_not_of_where_they_lie(
     assert prepared(write_recipe("two"))[1].fingerprint == first
     assert prepared(write_recipe("three", rows=texts[1:]))[1].fingerprint != first
     assert prepared(write_recipe("four", task={"system": "Be brief."}))[1].fingerprint != first
+
+
+# what is wrong with rows
+
+
+BAD = {
+    "not_json": b'{"text": "broken',
+    "not_an_object": b"[1]",
+    "not_utf8": b'{"text": "\xff\xfe", "label": "torch"}',
+    "no_text": b'{"text": ["a", "list"], "label": "torch"}',
+    "no_label": b'{"text": "whose is this"}',
+    "unknown_label": b'{"text": "of another library", "label": "jax"}',
+}
+LEFT_OUT = {
+    "too_short": b'{"text": "\\u0000", "label": "torch"}',
+    "too_many_characters": b'{"text": "' + b"x" * 10_000_000 + b'", "label": "torch"}',
+    "control_token": b'{"text": "a <|im_end|> b", "label": "torch"}',
+    "too_long": b'{"text": "' + b"word " * 400 + b'", "label": "torch"}',
+}
+
+
+def with_rows(path: Path, rows: dict[str, bytes]) -> dict[int, str]:
+    """Mix rows into the recipe's data, after a byte-order mark; return the line of each with its reason."""
+    data = path.parent / "small.jsonl"
+    lines = data.read_bytes().splitlines()
+    places = {}
+    for n, (reason, row) in enumerate(rows.items()):
+        lines.insert(7 * n + 3, row)
+        places[7 * n + 4] = reason
+    data.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    return places
+
+
+def test_bad_rows_are_kept_with_file_and_line_and_the_others_go_on(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    places = with_rows(path, BAD | LEFT_OUT)
+    _, found = prepared(path)
+    file = path.parent / "small.jsonl"
+    assert {entry["place"]: entry["reason"] for entry in quarantine(found)} == {f"{file}:{n}": reason for n, reason in places.items()}
+    assert found.manifest["bad"] == dict.fromkeys(BAD, 1)
+    assert found.manifest["dropped"] == dict.fromkeys(LEFT_OUT, 1)
+    assert sum(found.manifest["examples"].values()) == 300
+    assert all(len(entry["text"]) <= 500 for entry in quarantine(found))
+
+
+def test_too_many_bad_rows_stop_and_say_what_is_wrong(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    places = with_rows(path, BAD)
+    line = refusal(lambda: prepared(path, "data.bad_rows=0.01"))
+    file = path.parent / "small.jsonl"
+    for word in ["data.bad_rows=0.01: 6 of 306 rows are no examples", f"1 not_json (first {file}:4: ", "raise data.bad_rows"]:
+        assert word in line
+    kept = path.parent / "data/small-quarantine.jsonl"
+    assert str(kept) in line
+    assert len(kept.read_text().splitlines()) == len(places)
+    prepared(path, "data.bad_rows=0.02")
+    assert not kept.exists(), "what was left of the preparation that stopped goes with the one that did not"
+
+
+def test_a_recipe_that_fits_no_row_does_not_read_them_all(
+    write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = [{"txt": f"{n}", "label": "torch"} for n in range(5000)]
+    line = refusal(lambda: prepared(write_recipe(rows=rows)))
+    assert "1,000 of 1,000 rows are no examples" in line
+    assert "columns found: txt, label" in line
+
+
+def test_mixed_shapes_are_read_each_as_it_is(write_recipe: WriteRecipe, prepared: Make) -> None:
+    shapes: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}]},
+        {"conversations": [{"from": "human", "value": "q2"}, {"from": "gpt", "value": "a2"}]},
+        {"instruction": "q3", "input": "", "output": "a3"},
+        {"prompt": "q4", "completion": "a4"},
+    ]
+    _, found = prepared(write_recipe(rows=shapes, task=CHAT, data={"validation_fraction": 0, "test_fraction": 0}))
+    answers = {record["place"][-1]: json.loads(record["messages"])[-1]["content"] for record in records(found)}
+    assert answers == {"1": "a1", "2": "a2", "3": "a3", "4": "a4"}
+
+
+# what goes where
+
+
+def test_the_number_of_processes_changes_nothing(
+    write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistral_dist.data.workers.ROWS", 40)
+    monkeypatch.setattr("mistral_dist.data.workers.ALONE", 1)
+    path = write_recipe(rows=[*texts, {"text": "", "label": "torch"}, texts[3]])
+    alone, together = prepared(path, "data.workers=1")[1], prepared(path, "data.workers=2")[1]
+    assert alone.manifest == together.manifest
+    assert quarantine(alone) == quarantine(together)
+    assert records(alone) == records(together)
+
+
+def test_a_process_that_is_killed_is_one_line(write_recipe: WriteRecipe, prepared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mistral_dist.data.workers.ROWS", 40)
+    monkeypatch.setattr("mistral_dist.data.workers.ALONE", 1)
+    monkeypatch.setattr("mistral_dist.data.workers._work", killed)
+    line = refusal(lambda: prepared(write_recipe(), "data.workers=2"))
+    assert "data.workers=2: a process that cleans rows was killed" in line
+    assert "data.workers=1" in line
+
+
+def killed(_: object) -> None:
+    """What a full memory does to a process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_splits_of_ones_own_are_taken_and_checked(
+    write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    for name, rows in {"train": texts[:200], "validation": texts[200:240], "test": [*texts[240:], texts[7]]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "into": name} for name in SPLITS]
+    _, found = prepared(write_recipe(data={"sources": sources}))
+    assert found.manifest["documents"] == {"train": 199, "validation": 40, "test": 61}
+    assert [(entry["place"], entry["because"]) for entry in quarantine(found)] == [
+        (f"{tmp_path}/train.jsonl:8", f"same as {tmp_path}/test.jsonl:61 (test)")
+    ]
+    assert found.manifest["leakage"] == {"equal": 0}
+
+
+def test_what_a_benchmark_asks_is_not_trained_on(
+    write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    asked = "which of the seven seas is the one that a sailor would call the saltiest of them"
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": asked, "answer": "none"}) + "\n")
+    rows = [*texts[:50], {"text": f"Someone asked {asked}, and nobody knew.", "label": "torch"}]
+    _, found = prepared(write_recipe(rows=rows, data={"benchmarks": [{"path": str(tmp_path / "bench.jsonl")}]}))
+    (entry,) = quarantine(found)
+    assert (entry["reason"], entry["place"].rpartition(":")[2]) == ("in_benchmark", "51")
+    assert "which of the seven seas" in entry["because"]
+
+
+def test_rows_of_a_group_stay_together_and_so_do_those_that_come_later(
+    write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    rows = [{**row, "author": f"author {n % 30}"} for n, row in enumerate(texts)]
+    path = write_recipe(rows=rows[:200], data={"sources": [{"path": str(tmp_path / "small.jsonl"), "group": "author"}]})
+
+    def sides(found: Prepared) -> dict[str, set[str]]:
+        author = {row["text"]: row["author"] for row in rows}
+        placed: dict[str, set[str]] = {}
+        for name in SPLITS:
+            for record in records(found, name):
+                placed.setdefault(author[record["text"]], set()).add(name)
+        return placed
+
+    before = sides(prepared(path)[1])
+    assert {len(names) for names in before.values()} == {1}
+    (tmp_path / "small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    after = sides(prepared(path)[1])
+    assert after == before
+
+
+def test_a_long_conversation_can_lose_its_oldest_turns_but_never_an_answer(
+    write_recipe: WriteRecipe, prepared: Make, tokenizer: Any
+) -> None:
+    turns = [{"role": role, "content": f"{role} {n} " + "word " * 30} for n in range(8) for role in ("user", "assistant")]
+    long_question = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "the whole answer"}]
+    long_answer = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 500}]
+    rows: list[dict[str, Any]] = [{"messages": turns}, {"messages": long_question}, {"messages": long_answer}]
+    nothing_held_out = {"validation_fraction": 0, "test_fraction": 0, "overlong": "shorten"}
+    recipe, found = prepared(write_recipe(rows=rows, task=CHAT, data=nothing_held_out))
+    kept = {record["place"][-1]: record for record in records(found)}
+    assert sorted(kept) == ["1", "2"]
+    assert {entry["place"][-1]: entry["reason"] for entry in quarantine(found)} == {"3": "too_long"}
+    assert found.manifest["changed"] == {"shortened": 2, "white_space": 2}
+    assert all(record["tokens"] <= recipe.data.max_length for record in kept.values())
+    assert json.loads(kept["1"]["messages"])[-1]["content"] == turns[-1]["content"].strip()
+    assert json.loads(kept["2"]["messages"])[-1]["content"] == "the whole answer"
+    encoded = Encoder(tokenizer, recipe.task).encode(from_record(kept["2"]))
+    assert tokenizer.decode(encoded.ids[encoded.targets]) == "the whole answer<|im_end|>"
+
+
+def test_targets_in_are_targets_out(write_recipe: WriteRecipe, prepared: Make, tokenizer: Any) -> None:
+    recipe, found = prepared(write_recipe())
+    encoder = Encoder(tokenizer, recipe.task)
+    tokens, targets = found.lengths("train")
+    plan = Plan(tokens, capacity=192, seed=0, epochs=1, global_batch_size=4)
+    out = sum(int(targets[plan.pack(number)].sum()) for number in range(plan.packs))
+    assert out == sum(len(encoder.encode(from_record(record)).targets) for record in records(found, "train"))
+    assert out == found.manifest["targets"]["train"]
+
+
+def test_a_stream_prepares_what_it_is_tested_on(
+    write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts[:20]))
+    sources = [{"path": str(tmp_path / "small.jsonl")}, {"path": str(tmp_path / "held-out.jsonl"), "into": "test"}]
+    path = write_recipe(rows=texts[20:], data={"sources": sources, "streaming": True}, train={"steps": 3})
+    _, found = prepared(path)
+    assert found.manifest["examples"] == {"train": 0, "validation": 0, "test": 20}

@@ -18,7 +18,7 @@ from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.example import BadRow, Example
 from mistral_dist.data.mistral_format import MistralFormat
 from mistral_dist.data.prepare import prepare
-from mistral_dist.preview import Shown, Span, as_html, as_terminal, as_text, examples_of, shown, spans_of, visible
+from mistral_dist.preview import Shown, Span, as_html, as_terminal, as_text, examples_of, pages_of, shown, spans_of, visible
 from tests.unit.test_mistral_format import CALLED, DATA, FILES, ODD, RESULT, SYSTEM, WEATHER, FakeTokenizer, assistant, user
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -164,7 +164,18 @@ def test_prepared_examples_are_shown_with_their_place(write_recipe: Any) -> None
     page = shown(first, encoder, "test")
     assert page.title == f"{record['place']} · test · {record['tokens']} tokens, {record['targets']} targets"
     assert second.place == prepared.split("test")[1]["place"]
-    assert len(examples_of(recipe, encoder, 10_000)) == len(prepared.split("train"))
+    assert len(examples_of(recipe, encoder, 10_000, "train")) == len(prepared.split("train"))
+    assert pages_of(recipe, encoder, 2, "test") == [page, shown(second, encoder, "test")]
+
+
+def test_rows_that_are_not_prepared_are_shown_as_they_would_be(write_recipe: Any, texts: list[dict[str, str]]) -> None:
+    recipe = Recipe.load(write_recipe(rows=[texts[0], {"text": "x", "label": "what"}, texts[1]]))
+    first, second, third = pages_of(recipe, load_encoder(recipe), 5)
+    assert "small.jsonl:1 · not prepared yet · " in first.title
+    assert any(span.target and span.text.startswith(texts[0]["label"]) for span in first.spans)
+    assert "small.jsonl:2 · left out: unknown_label: label 'what' is not one of numpy" in second.title
+    assert "small.jsonl:3 · not prepared yet" in third.title
+    assert len(pages_of(recipe, load_encoder(recipe), 2)) == 2
 
 
 def test_the_command_shows_and_writes(write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,12 @@ def test_large_families_are_whole_and_the_shares_near() -> None:
         assert abs(sizes[name] / sum(sizes.values()) - share) < 0.01
 
 
+def test_few_large_families_in_many_strata_fill_all_splits() -> None:
+    made = [Family(f"id {n}", f"label {n % 10}", size=7) for n in range(50)]
+    counts = Counter(split(made, TENTHS, seed=0))
+    assert counts == {"train": 40, "validation": 5, "test": 5}
+
+
 def test_the_order_of_the_rows_does_not_matter() -> None:
     made = families(500)
     assert split(made, TENTHS, seed=0) == split(made[::-1], TENTHS, seed=0)[::-1]
