@@ -2,6 +2,7 @@
 # make test      everything that can be checked on this machine (installs first)
 # make install   the environment alone, in .venv
 # make check     formatting, lint, types, layers
+# make bench     how fast the data are: encoding, the plan, `prepare` (some 8 minutes)
 # make test-gpu  the tests that need an NVIDIA GPU
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -10,7 +11,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c configs/constraints.txt
 TORCH = torch==2.13.0
 
-.PHONY: demo test install check test-gpu
+.PHONY: demo test install check bench test-gpu
 
 demo: $(VENV)/installed
 	@$(BIN)/mistral-dist demo
@@ -20,6 +21,11 @@ test: $(VENV)/installed-dev check
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu tests/gpu
+
+bench: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/encode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/prepare.py --rows 1000000 --workers 1
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -23,6 +23,14 @@ COPIES = 0.2
 """Share of the rows that are an earlier one and a word more."""
 
 
+PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+
+def _cpu_seconds() -> float:
+    """What this process and its children have used; other processes of the machine do not count."""
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, PROCESSES))
+
+
 def write_rows(file: Path, count: int) -> None:
     """Sentences of 8 to 32 words that are drawn as words are in a language: the n-th most common with frequency 1/n."""
     rng = random.Random(0)
@@ -70,12 +78,13 @@ def main() -> None:
         )
         recipe = Recipe.load(recipe_file, [f"data.near_duplicates={choice.near_duplicates}"])
         encoder = load_encoder(recipe)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), _cpu_seconds()
         prepared = prepare(recipe, encoder)
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, _cpu_seconds() - before
         manifest = prepared.manifest
-    own, others = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{choice.rows:,} rows, {choice.workers} worker(s): {seconds:.1f} s, {choice.rows / seconds / choice.workers:,.0f} rows/s/core")
+    own, others = (resource.getrusage(who).ru_maxrss / 2**20 for who in PROCESSES)
+    print(f"{choice.rows:,} rows, {choice.workers} worker(s): {seconds:.1f} s, {choice.rows / seconds:,.0f} rows/s")
+    print(f"{busy:.1f} s of one core (user and system, all processes): {choice.rows / busy:,.0f} rows/s/core")
     print(f"peak memory: {own:.2f} GiB, and {others:.2f} GiB in each worker")
     print(f"left out {manifest['dropped']}, leakage {manifest['leakage']}")
 

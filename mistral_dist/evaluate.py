@@ -72,7 +72,7 @@ class HeldOut:
     def of(cls, run: RunDirectory, prepared: Prepared) -> "HeldOut":
         """Raises RunError where the data were prepared anew since: what is held out now may have been trained on."""
         found, _ = latest_good(run.checkpoints)
-        if found is not None and load_progress(found)[1]["data"] != prepared.fingerprint:
+        if found is not None and load_progress(found)[1]["held_out"] != prepared.fingerprint:
             raise RunError(
                 f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew"
             )

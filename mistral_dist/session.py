@@ -254,6 +254,7 @@ class Session:
         return {
             "steps": self.steps,
             "data": self.feed.fingerprint,
+            "held_out": self.feed.held_out,
             "base": self.base,
             # all noise is drawn from (seed, step, slot): this and the step are every random generator's state
             "rng": {"seed": self.recipe.train.seed},

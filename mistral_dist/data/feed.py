@@ -32,6 +32,8 @@ class Feed:
     """Where the data are, in words."""
     about: str
     """What they are, as the model card says it."""
+    held_out: str = ""
+    """The fingerprint of the prepared data that hold what is not trained on; empty where nothing is held out."""
 
 
 def open_feed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
@@ -62,7 +64,7 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
     stream = Stream(plan, examples, (tokens, targets), rank=rank, world_size=world_size, micro_batch_size=micro)
     counts = prepared.manifest["examples"]
     about = f"{counts[TRAIN]} examples; {counts[TEST]} more were held out for the test"
-    return Feed(stream, prepared.fingerprint, str(prepared.path), about)
+    return Feed(stream, prepared.fingerprint, str(prepared.path), about, prepared.fingerprint)
 
 
 def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
@@ -84,7 +86,10 @@ def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> F
         world_size,
         train.micro_batch_size,
     )
-    return Feed(lanes, stream_fingerprint(recipe, encoder, streamed), "data.sources", "a stream that was not prepared, without a split")
+    held_out = open_prepared(recipe, encoder) if has_held_out(data) else None
+    about = "a stream" if held_out is None else f"a stream; {held_out.manifest['examples'][TEST]} examples were held out for the test"
+    fingerprint = stream_fingerprint(recipe, encoder, streamed)
+    return Feed(lanes, fingerprint, "data.sources", about, held_out.fingerprint if held_out is not None else "")
 
 
 def stream_fingerprint(recipe: Recipe, encoder: Encoder, streamed: Sequence[Streamed]) -> str:

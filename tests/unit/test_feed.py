@@ -10,6 +10,7 @@ import pytest
 from mistral_dist.config import Recipe
 from mistral_dist.data.feed import has_held_out, open_feed
 from mistral_dist.data.lanes import Lanes
+from mistral_dist.data.prepared import Prepared
 from mistral_dist.errors import DataError, RecipeError
 from mistral_dist.evaluate import evaluate
 from mistral_dist.workflow import prepare_if_needed
@@ -34,19 +35,26 @@ def recipe(folder: Path, *overrides: str, sources: "list[dict[str, object]] | No
     return Recipe.load(folder / "recipe.yaml", overrides)
 
 
-def test_the_sources_to_train_on_are_streamed_and_no_others(tmp_path: Path) -> None:
+def test_the_sources_to_train_on_are_streamed_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources: list[dict[str, object]] = [
         {"path": str(tmp_path / f"{name}.jsonl"), "into": into} for name, into in (("a", "test"), ("b", None))
     ]
     loaded = recipe(tmp_path, sources=sources)
-    stream = open_feed(loaded, ENCODER, 0, 1).stream
+    assert has_held_out(loaded.data)
+    with pytest.raises(DataError, match="no prepared data there"):
+        open_feed(loaded, ENCODER, 0, 1)
+    held_out = Prepared(tmp_path, {"fingerprint": "held out", "examples": {"test": 2}})
+    monkeypatch.setattr("mistral_dist.data.feed.open_prepared", lambda *_: held_out)
+    feed = open_feed(loaded, ENCODER, 0, 1)
+    stream = feed.stream
     assert isinstance(stream, Lanes)
     assert [(source.index, [shard.name for shard in source.shards]) for source in stream.sources] == [(1, [str(tmp_path / "b.jsonl")])]
-    assert has_held_out(loaded.data)
+    assert feed.held_out == "held out" != feed.fingerprint
     both = open_feed(recipe(tmp_path), ENCODER, 0, 1)
     assert isinstance(both.stream, Lanes)
     assert [(source.index, source.weight) for source in both.stream.sources] == [(0, 1.0), (1, 3.0)]
     assert both.stream.steps == 3
+    assert both.held_out == ""
     assert not has_held_out(recipe(tmp_path).data)
 
 

@@ -20,7 +20,10 @@ import pytest
 from mistral_dist import retry
 from mistral_dist.config import Source
 from mistral_dist.data import hub_sets, places, remote
+from mistral_dist.data.cursor import Cursor
+from mistral_dist.data.encode import Encoded
 from mistral_dist.data.example import Row
+from mistral_dist.data.lanes import Lanes, Read, Rules, Streamed
 from mistral_dist.data.sources import check, read, shards, state
 from mistral_dist.errors import DataError
 
@@ -521,3 +524,41 @@ def test_a_stream_that_nobody_reads_any_more_stops(server: Server) -> None:
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.05)
     assert threading.active_count() == before
+
+
+# streams for training
+
+
+class Words:
+    """Reads a row as an example of as many tokens as it has words."""
+
+    def block(self, rows: Any) -> Read:
+        texts = [json.loads(row.payload)["text"] for _, row in rows]
+        return Read([(text[:8], Encoded([1] * (2 + len(text) // 20), [1])) for text in texts])
+
+
+def stream_order(source: Source) -> list[tuple[Any, ...]]:
+    """The ids of 30 steps of 3 lanes."""
+    streamed = Streamed(0, "rows", shards(source))
+    lanes = Lanes([streamed], Words(), Rules(lanes=3, block=50, capacity=64, seed=1, bad_rows=0.1), steps=30)
+    return [tuple(entry for batch in work.batches for entry in batch.ids) for work in lanes.from_cursor(Cursor())]
+
+
+@pytest.mark.parametrize(
+    "script", [["reset:9000"], ["status:500", "status:500"], ["status:429:0"], ["stall"], ["cut:5000", "cut:7000"], []]
+)
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_stream_trains_in_the_same_order_whatever_the_server_does(server: Server, tmp_path: Path, script: list[str], parts: bool) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    server.files["rows.jsonl"], server.script, server.parts = LINES, script, parts
+    assert stream_order(Source(path=server.url("rows.jsonl"))) == stream_order(Source(path=str(tmp_path / "rows.jsonl")))
+
+
+@pytest.mark.parametrize(("always", "words"), [("status:500", "500"), ("stall", ""), ("status:404", "404"), ("reset:0", "")])
+def test_a_stream_whose_server_never_recovers_ends_with_its_url(server: Server, always: str, words: str) -> None:
+    server.files["rows.jsonl"], server.always = LINES, always
+    started = time.monotonic()
+    with pytest.raises(DataError, match=re.escape(server.url("rows.jsonl"))) as caught:
+        stream_order(Source(path=server.url("rows.jsonl")))
+    assert words in str(caught.value)
+    assert time.monotonic() - started < BOUND
