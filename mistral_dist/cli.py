@@ -90,16 +90,18 @@ def preview(
     split: Annotated[Split, typer.Option("--split", help="Of which split")] = Split.train,
 ) -> None:
     """Show examples as the model sees them: every token, and which of them it learns; before or after `prepare`."""
+    from rich.text import Text
+
     from mistral_dist.config import Recipe
     from mistral_dist.data.encode import load_encoder
     from mistral_dist.display import console, say
     from mistral_dist.files import write_text
-    from mistral_dist.preview import as_html, as_terminal, pages_of
+    from mistral_dist.preview import as_html, as_plain, as_terminal, pages_of
 
     recipe = Recipe.load(recipe_file, overrides or [])
     pages = pages_of(recipe, load_encoder(recipe), examples, split)
     if html is None:
-        console.print(as_terminal(pages), soft_wrap=True)
+        console.print(as_terminal(pages) if console.is_terminal else Text(as_plain(pages)), soft_wrap=True)
     else:
         write_text(html, as_html(pages, recipe_file.name))
         say(f"{html}: {len(pages)} examples")

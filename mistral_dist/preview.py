@@ -110,6 +110,11 @@ def as_text(spans: Iterable[Span]) -> str:
     return "".join(f"⟦{text}⟧" if target else text for target, text in runs)
 
 
+def as_plain(pages: Sequence[Shown]) -> str:
+    """Where there are no colours: what the loss counts stands in brackets."""
+    return "\n\n".join(f"== {page.title} ==\n{as_text(page.spans)}".rstrip() for page in pages) + "\n\n⟦learned⟧"
+
+
 def as_terminal(pages: Sequence[Shown]) -> Text:
     """Coloured text: targets green, control tokens magenta (targets among them underlined)."""
     made = Text()
@@ -152,7 +157,8 @@ def as_html(pages: Sequence[Shown], name: str) -> str:
 
 def _article(page: Shown) -> str:
     body = "".join(_span(span) for span in page.spans)
-    return f'<article>\n<h2>{html.escape(page.title)}</h2>\n<pre dir="auto">{body}</pre>\n</article>'
+    text = f'<pre dir="auto">{body}</pre>\n' if body else ""
+    return f"<article>\n<h2>{html.escape(page.title)}</h2>\n{text}</article>"
 
 
 def _span(span: Span) -> str:
@@ -168,9 +174,10 @@ STYLE = """
 }
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.25rem; overflow-wrap: anywhere; }
-h2 { font-size: .875rem; overflow-wrap: anywhere; margin: 0; padding: .5rem .75rem; border-bottom: 1px solid var(--line); }
+h2 { font-size: .875rem; overflow-wrap: anywhere; margin: 0; padding: .5rem .75rem; }
 article { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; }
-pre { margin: 0; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.6 ui-monospace, monospace; }
+pre { margin: 0; padding: .75rem; border-top: 1px solid var(--line); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.6 ui-monospace, monospace; }
 mark { background: var(--learned); color: var(--on); border-radius: .15rem; }
 b { color: var(--control); font-weight: 600; }
 """

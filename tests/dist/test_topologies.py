@@ -7,6 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from mistral_dist.config import Recipe
+from mistral_dist.data.prepared import Prepared, read_manifest
 from tests.conftest import WriteRecipe
 from tests.launch import lines, losses, mistral_dist, train
 
@@ -28,13 +30,23 @@ def test_float32_losses_and_order_agree_under_every_topology(write_recipe: Write
     alone = runs["one process"]
     assert len(losses(alone)) == STEPS
     order = lines(alone / "data_order.jsonl")
-    assert len({id for entry in order[: STEPS // 4] for id in entry["ids"]}) > 50
+    _each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe))
     for name, run in runs.items():
         assert lines(run / "data_order.jsonl") == order, name
         worst = max(abs(a - b) for a, b in zip(losses(run), losses(alone), strict=True))
         print(f"{name}: float32 losses within {worst:.1e} of one process at each of {STEPS} steps")
         assert worst <= 1e-4, name
     assert losses(alone)[-1] < losses(alone)[0]
+
+
+def _each_example_once_an_epoch(ids: list[str], recipe: Recipe) -> None:
+    manifest = read_manifest(recipe.data_dir)
+    assert manifest is not None
+    train = sorted(Prepared(recipe.data_dir, manifest).split("train")["id"])
+    epochs = len(ids) // len(train)
+    assert epochs >= 2
+    for epoch in range(epochs):
+        assert sorted(ids[epoch * len(train) : (epoch + 1) * len(train)]) == train
 
 
 def test_bfloat16_losses_agree_under_every_topology(write_recipe: WriteRecipe, tmp_path: Path) -> None:
