@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral_dist.data.shards import read_shards
 from tests.conftest import WriteRecipe
 from tests.launch import ROOT, lines, mistral_dist, run_dir, status
 
@@ -96,11 +97,9 @@ def test_the_evaluation_is_as_the_contract_says(trained: Path) -> None:
 
 def test_plain_peft_gives_the_same_predictions(trained: Path) -> None:
     """A fresh process that knows nothing of this package: transformers, PEFT, the base and the adapter."""
-    import datasets
-
     run, recipe = run_dir(trained), json.loads(trained.read_text())
     test = trained.parent / "test.jsonl"
-    test.write_text("".join(json.dumps(row) + "\n" for row in datasets.load_from_disk(str(trained.parent / "data/test"))))
+    test.write_text("".join(json.dumps(row) + "\n" for row in read_shards(trained.parent / "data/test")))
     words = [recipe["model"]["path"], run / "adapter", test, ",".join(recipe["task"]["labels"]), recipe["task"]["prompt"], "Answer."]
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_PEFT, *map(str, words)], capture_output=True, text=True, check=True, cwd=trained.parent
@@ -192,3 +191,16 @@ def with_command() -> dict[str, str]:
     import os
 
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def test_a_stream_trains_and_is_measured_on_what_was_held_out(
+    write_recipe: WriteRecipe, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts[:20]))
+    sources = [{"path": str(tmp_path / "small.jsonl")}, {"path": str(tmp_path / "held-out.jsonl"), "into": "test"}]
+    recipe = write_recipe(rows=texts[20:], data={"sources": sources, "streaming": True}, train={"steps": 3, "global_batch_size": 2})
+    done = mistral_dist("train", recipe, "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = mistral_dist("evaluate", run_dir(recipe), "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run_dir(recipe) / "evaluation/test.json").read_text())["n"] == 20
