@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import transformers
 from mistral_dist.config import Data, Model, Recipe, Source, Task
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.example import Example, Rejected, from_record
+from mistral_dist.data.feed import open_feed
 from mistral_dist.data.fit import fit
 from mistral_dist.data.prepare import prepare
 from mistral_dist.data.prepared import Prepared, open_prepared, read_manifest, sources_changed
 from mistral_dist.data.split import SPLITS
-from mistral_dist.data.stream import Plan
+from mistral_dist.data.stream import Plan, Stream
 from mistral_dist.errors import WRONG_INPUT, DataError
 from mistral_dist.hub import load_tokenizer
 
@@ -607,6 +609,21 @@ def test_targets_in_are_targets_out(write_recipe: WriteRecipe, prepared: Make, t
     out = sum(int(targets[plan.pack(number)].sum()) for number in range(plan.packs))
     assert out == sum(len(encoder.encode(from_record(record)).targets) for record in records(found, "train"))
     assert out == found.manifest["targets"]["train"]
+
+
+def test_a_source_of_weight_two_is_seen_twice_an_epoch(
+    write_recipe: WriteRecipe, prepared: Make, tokenizer: Any, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts[100:]))
+    sources = [{"path": str(tmp_path / "small.jsonl"), "weight": 2}, {"path": str(tmp_path / "more.jsonl")}]
+    recipe, found = prepared(write_recipe(rows=texts[:100], data={"sources": sources}))
+    stream = open_feed(recipe, Encoder(tokenizer, recipe.task), 0, 1).stream
+    assert isinstance(stream, Stream)
+    shown = Counter(id for step in range(stream.steps) for batch in stream.work(step).batches for _, ids in batch.ids for id in ids)
+    assert shown == {record["id"]: 2 if record["source"] == 0 else 1 for record in records(found, "train")}
+    assert {record["source"] for record in records(found, "train")} == {0, 1}
+    again = Recipe.load(write_recipe(rows=texts[:100], data={"sources": sources}), ["data.sources.0.weight=3"])
+    open_prepared(again, Encoder(tokenizer, again.task))  # what is prepared does not depend on it
 
 
 def test_a_stream_prepares_what_it_is_tested_on(
