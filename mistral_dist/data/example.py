@@ -70,6 +70,12 @@ class Example:
         return "\x1e".join([*turns, canonical(self.tools)] if self.tools else turns)
 
     @property
+    def gist(self) -> str:
+        """What makes two examples nearly the same: what user, assistant and tools say. A long system turn that all rows have, or
+        the description of their tools, would make all of them alike."""
+        return self.text or "\n".join(turn["content"] for turn in self.messages if turn["role"] != "system")
+
+    @property
     def id(self) -> str:
         """16 hex digits of SHA-256 of the content: stable across files, orders and machines."""
         return hashlib.sha256(self.content.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -163,7 +163,7 @@ def _gather(recipe: Recipe, encoder: Encoder, audit: Audit, spool: Spool, track:
         joined["sketches"] = np.empty((0, 0), np.uint32)
 
     def text(document: int) -> str:
-        return _content(spool, first_record, document)
+        return _gist(spool, first_record, document)
 
     def place(document: int) -> str:
         return _place(spool, first_record, document)[0]
@@ -185,11 +185,11 @@ def _append(columns: dict[str, list[Any]], found: Cleaned, recipe: Recipe) -> No
         columns[name].append(getattr(found, name))
 
 
-def _content(spool: Spool, first_record: np.ndarray, document: int) -> str:
-    """What a document says. Its pieces are the parts of a text, or the last of them is the whole conversation."""
+def _gist(spool: Spool, first_record: np.ndarray, document: int) -> str:
+    """The gist of a document. Its pieces are the parts of a text, or the last of them is the whole conversation."""
     first, end = int(first_record[document]), int(first_record[document + 1])
     text = "".join(spool.record(number, ["text"])["text"] for number in range(first, end))
-    return text or from_record(spool.record(end - 1)).content
+    return text or from_record(spool.record(end - 1)).gist
 
 
 def _place(spool: Spool, first_record: np.ndarray, document: int) -> tuple[str, int]:

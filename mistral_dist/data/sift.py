@@ -34,7 +34,7 @@ class Documents:
     sketches: np.ndarray
     """uint32 [documents, 128], or [documents, 0] where near-duplicates are not looked for"""
     text: Callable[[int], str]
-    """A document's content."""
+    """A document's gist."""
     place: Callable[[int], str]
     """Where a document stands."""
 

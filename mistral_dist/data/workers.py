@@ -80,7 +80,7 @@ def _columns(documents: Sequence[Document], *, with_sketches: bool) -> Cleaned:
     records = [_record(document, piece) for document in documents for piece in document.pieces]
     columns = {name: [record[name] for record in records] for name in SCHEMA.names}
     examples = [document.example for document in documents]
-    sketches = [sketch(example.content) for example in examples] if with_sketches else []
+    sketches = [sketch(example.gist) for example in examples] if with_sketches else []
     return Cleaned(
         batch=pa.RecordBatch.from_pydict(columns, schema=SCHEMA),
         ids=np.array([int(document.id, 16) for document in documents], np.uint64),

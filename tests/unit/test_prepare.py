@@ -534,6 +534,18 @@ def killed(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_a_long_system_turn_does_not_make_all_conversations_alike(write_recipe: WriteRecipe, prepared: Make) -> None:
+    system = {"role": "system", "content": "Be kind and brief. " * 8 + " ".join(f"Rule {n} is rule {n * n}." for n in range(8))}
+    rows: list[dict[str, Any]] = [
+        {"messages": [system, {"role": "user", "content": f"{n} or {n * 7}?"}, {"role": "assistant", "content": f"It is {n}."}]}
+        for n in range(30)
+    ]
+    rows.append({"messages": [{**system, "content": "Be rude."}, *rows[0]["messages"][1:]]})
+    _, found = prepared(write_recipe(rows=rows, task=CHAT, data={"near_duplicates": 0.8, "max_length": 400}))
+    assert found.manifest["dropped"] == {"near_duplicate": 1}
+    assert quarantine(found)[0]["place"].endswith(":31")
+
+
 def test_splits_of_ones_own_are_taken_and_checked(
     write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
 ) -> None:
