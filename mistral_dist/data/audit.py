@@ -155,7 +155,7 @@ def _lengths_table(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
     plan = manifest.get("plan")
     if plan is not None:
         packs = f"{plan['packs_per_epoch']:,} packs of {recipe.data.max_length:,} tokens, {plan['fill']:.1%} full"
-        lines += ["", f"An epoch is {packs}: {plan['steps_per_epoch']:,} steps of {recipe.train.global_batch_size} packs."]
+        lines += ["", f"An epoch is {packs}; with {recipe.train.global_batch_size} packs a step that is {plan['steps_per_epoch']:,} steps."]
     return lines
 
 

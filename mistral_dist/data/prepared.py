@@ -20,6 +20,7 @@ import pyarrow as pa
 from mistral_dist.config import Recipe, Source, digest
 from mistral_dist.data import sources
 from mistral_dist.data.encode import Encoder
+from mistral_dist.data.remote import is_remote
 from mistral_dist.data.shards import read_shards
 from mistral_dist.data.sift import Known
 from mistral_dist.data.split import SPLITS
@@ -72,16 +73,21 @@ def open_prepared(recipe: Recipe, encoder: Encoder) -> Prepared:
 
 
 def sources_changed(recipe: Recipe, prepared: Prepared) -> bool:
-    """Whether a source file was added, removed or written to since the data were prepared."""
-    return bool(prepared.manifest["sources"] != sources.state(all_sources(recipe)))
+    """Whether a file of this machine was added, removed or written to since the data were prepared.
+
+    Remote ones are not looked at: what is prepared can be trained on without a network.
+    """
+    here = [source for source in all_sources(recipe) if source.path is not None and not is_remote(source.path)]
+    before = {path: seen for path, seen in prepared.manifest["sources"].items() if not is_remote(path)}
+    return bool(before != sources.state(here))
 
 
 def is_current(recipe: Recipe, encoder: Encoder) -> bool:
-    """Whether the recipe's data directory is what `prepare` would make of it now."""
+    """Whether the recipe's data directory is what `prepare` would make of it now. Asks the servers of remote sources."""
     manifest = read_manifest(recipe.data_dir)
     if manifest is None or manifest["key"] != key(recipe, encoder):
         return False
-    return not sources_changed(recipe, Prepared(recipe.data_dir, manifest))
+    return bool(manifest["sources"] == sources.state(all_sources(recipe)))
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -22,6 +22,9 @@ from mistral_dist.errors import DataError
 
 Result = TypeVar("Result")
 
+UNREACHED_SECONDS = 10.0
+"""A server that has never answered is waited for this long; one that did, retry.SECONDS."""
+
 
 def is_remote(path: str) -> bool:
     """Whether a source's path is a URL."""
@@ -75,23 +78,31 @@ def expand(url: str, beside: Sequence[str] = ()) -> tuple[str, list[str]]:
             return url, [url]
         return fs.unstrip_protocol(folder), sorted({fs.unstrip_protocol(one) for one in found})
 
-    return _patiently(url, retry.Patience(), find)
+    return _patiently(url, _first_look(), find)
 
 
 def state(url: str) -> list[Any]:
     """Size and, if the server tells it, a stamp that changes with the content."""
-    seen = _patiently(url, retry.Patience(), _place(url).look)
+    seen = _patiently(url, _first_look(), _place(url).look)
     return [seen.size, seen.stamp] if seen.stamp else [seen.size]
 
 
 def open_remote(url: str) -> BinaryIO:
     """A file at a URL, buffered and seekable. Raises DataError with the URL and the reason, then and while it is read."""
     place = _place(url)
-    patience = retry.Patience()
+    patience = _first_look()
     seen = _patiently(url, patience, place.look)
+    patience.worth = retry.is_transient
     if seen.size is None or (isinstance(place, Web) and not place.brings_parts):
         return _spool(url, place, patience)
     return io.BufferedReader(RemoteFile(url, place, seen, patience), places.BLOCK)
+
+
+def _first_look() -> retry.Patience:
+    """Patience with a server that was never reached: a closed port or an unknown name is more likely a mistake than trouble."""
+    patience = retry.Patience()
+    patience.worth = lambda error: retry.is_transient(error) and not (retry.is_unreachable(error) and patience.spent > UNREACHED_SECONDS)
+    return patience
 
 
 class RemoteFile(io.RawIOBase):

@@ -418,6 +418,13 @@ def test_a_changed_source_is_noticed(write_recipe: WriteRecipe, prepared: Make, 
     assert sources_changed(recipe, found)
 
 
+def test_remote_sources_are_not_asked_for_what_is_prepared(write_recipe: WriteRecipe, prepared: Make) -> None:
+    _, found = prepared(write_recipe())
+    gone = Recipe.load(write_recipe(data={"sources": [{"path": "http://127.0.0.1:9/gone.jsonl"}]}))
+    manifest = {**found.manifest, "sources": {"http://127.0.0.1:9/gone.jsonl": [10, "etag"]}}
+    assert not sources_changed(gone, Prepared(found.path, manifest))
+
+
 def test_the_fingerprint_is_of_the_examples_and_not_of_where_they_lie(
     write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]
 ) -> None:

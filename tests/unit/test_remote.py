@@ -562,3 +562,16 @@ def test_a_stream_whose_server_never_recovers_ends_with_its_url(server: Server, 
         stream_order(Source(path=server.url("rows.jsonl")))
     assert words in str(caught.value)
     assert time.monotonic() - started < BOUND
+
+
+def test_a_server_that_is_not_there_is_not_waited_for_as_long_as_one_that_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "SECONDS", 60.0)
+    monkeypatch.setattr(remote, "UNREACHED_SECONDS", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/rows.jsonl"
+        started = time.monotonic()
+        line = refusal(lambda: rows(url))
+    assert "refused" in line
+    assert url in line
+    assert time.monotonic() - started < 5
