@@ -46,7 +46,7 @@ def break_recipe(mistake: str, write: WriteRecipe, tmp_path: Path, texts: list[d
         (tmp_path / "small.jsonl").unlink()
         return recipe, ["small.jsonl: no such file", "set data.sources"]
     if mistake == "empty split":
-        return write(rows=texts[:6]), ["the validation split is empty", "6 rows read", "data.validation_fraction=0"]
+        return write(rows=texts[:6]), ["the test split is empty", "6 rows read", "data.test_fraction=0"]
     if mistake == "target-less example":
         chat: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": f"hi {n}"}]} for n in range(3)]
         recipe = write(rows=chat, task={"kind": "chat", "labels": [], "prompt": "{text}"})
