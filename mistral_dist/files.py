@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -43,6 +44,12 @@ def read_json(file: Path) -> dict[str, Any] | None:
 def aside_of(target: Path) -> Path:
     """A fresh name beside a folder, to write it under."""
     return target.with_name(f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}")
+
+
+def asides_of(target: Path) -> list[Path]:
+    """What was written or removed under such names and never finished; of this folder only, not of `<its name>-more`."""
+    pattern = re.compile(re.escape(f"{ASIDE}{target.name}-") + "[0-9a-f]{8}")
+    return sorted(path for path in target.parent.glob(f"{ASIDE}*") if pattern.fullmatch(path.name))
 
 
 def publish(aside: Path, target: Path) -> None:

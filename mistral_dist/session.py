@@ -13,9 +13,10 @@ from typing import Any
 
 from mistral_dist import checkpoint
 from mistral_dist.checkpoint import Progress
-from mistral_dist.config import Recipe
+from mistral_dist.config import Recipe, Source
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.feed import Feed
+from mistral_dist.data.remote import shown
 from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import FAILED, FINISHED, MistralDistError, RunError, TrainingError
 from mistral_dist.files import sweep
@@ -219,6 +220,8 @@ class Session:
         ways_out = "start another run with run.dir=..., or --fresh to move the old one aside"
         if facts["data"] != self.feed.fingerprint:
             raise RunError(f"{self.run.path}: began with other data than {self.feed.place} holds now; {ways_out}")
+        if facts["held_out"] != self.feed.held_out:
+            raise RunError(f"{self.run.path}: began with other held-out data than there are now; {ways_out}")
         if facts["base"] != self.base:
             raise RunError(f"{self.run.path}: began with another base model than {self.recipe.model.name} is here now; {ways_out}")
 
@@ -300,6 +303,16 @@ def note_failure(run: RunDirectory, error: Exception) -> None:
             run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+def _publishable(recipe: Recipe) -> Recipe:
+    """The recipe without the signatures and passwords that URLs may hold."""
+
+    def without_secrets(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(source.model_copy(update={"path": shown(source.path)}) if source.path else source for source in sources)
+
+    hidden = {name: without_secrets(getattr(recipe.data, name)) for name in ("sources", "benchmarks")}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=hidden)})
+
+
 def model_card(recipe: Recipe, about: str, steps: int) -> str:
     """A README for the adapter: base, data, recipe; with the header that the hub reads."""
     return f"""---
@@ -316,6 +329,6 @@ A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), t
 ## Recipe
 
 ```yaml
-{recipe.dump().rstrip()}
+{_publishable(recipe).dump().rstrip()}
 ```
 """

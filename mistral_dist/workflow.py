@@ -97,15 +97,15 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
     from mistral_dist.data.feed import has_held_out
     from mistral_dist.data.prepare import prepare
 
-    sources.check(prepared.all_sources(recipe))
-    if recipe.data.streaming and not has_held_out(recipe.data):
-        return None
-    encoder = load_encoder(recipe)
-    if prepared.read_manifest(recipe.data_dir) is None:
-        return prepare(recipe, encoder, track)
-    if again and not prepared.is_current(recipe, encoder):
-        return prepare(recipe, encoder, track)
-    found = prepared.open_prepared(recipe, encoder)
+    if recipe.data.streaming:
+        sources.check(recipe.data.sources)
+        if not has_held_out(recipe.data):
+            return None
+    if again or prepared.read_manifest(recipe.data_dir) is None:
+        sources.check(prepared.prepared_sources(recipe))
+        encoder = load_encoder(recipe)
+        return prepared.current(recipe, encoder) or prepare(recipe, encoder, track)
+    found = prepared.open_prepared(recipe, load_encoder(recipe))
     if prepared.sources_changed(recipe, found):
         say(f"note: source files changed since {found.path} was prepared; `mistral-dist prepare` takes in what is new")
     return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from mistral_dist.config import Recipe
 from mistral_dist.data.prepared import Prepared
+from mistral_dist.data.remote import shown
 from mistral_dist.data.split import SPLITS, TRAIN
 from mistral_dist.data.stream import Plan
 from mistral_dist.errors import DataError
@@ -128,7 +129,8 @@ def _sources_table(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
     lines = ["", "## Sources", "", "| source | rows | into | weight |", "|---|---:|---|---:|"]
     for number, source in enumerate(recipe.data.sources):
         rows = manifest["rows_by_source"].get(str(number), 0)
-        lines.append(f"| {source.path or source.name} | {rows:,} | {source.into or 'divided'} | {source.weight:g} |")
+        name = shown(source.path) if source.path is not None else source.name
+        lines.append(f"| {name} | {rows:,} | {source.into or 'divided'} | {source.weight:g} |")
     return lines
 
 

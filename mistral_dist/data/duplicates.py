@@ -5,6 +5,7 @@ make candidates, and a pair counts only if the Jaccard similarity of its shingle
 threshold. Nothing here knows files or splits: documents are numbers, in the order of who stays.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -22,16 +23,27 @@ RUN = 13
 """Words that a train example and a benchmark must not share in one run; 13 is GPT-3's (arXiv 2005.14165, appendix C)."""
 SHORTEST_RUN = 5
 """A benchmark text of fewer words proves nothing."""
-ALL_PAIRS = 64
-"""Up to so many documents with an equal band (a run), each pair is a candidate; of more, each is compared with the first of its kind."""
+ALL_PAIRS = 16
+"""Up to so many documents with an equal band (a run), each pair is a candidate; of more, each is compared with the first of
+its kind. That bounds the pairs to 8 a document and band."""
 KINDS = 64
-"""Kinds that are told apart among the documents of one equal band. Texts from one form share bands by the thousand without
-being near; those that are near meet in other bands, too."""
+"""Kinds that are told apart in a run. Texts from one form share bands by the thousand without being near; those that are
+near meet in other bands, too."""
+BLOCK = 50_000
+"""Pairs whose sketches are compared at once: 50 MB."""
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+"""A letter of a script that puts no blanks between words (Thai, Lao, Chinese, Japanese), or few (Korean): a word of its own."""
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    text = text.lower()
+    return text.split() if text.isascii() else UNSPACED.sub(r" \g<0> ", text).split()
 
 
 def shingles(text: str) -> list[str]:
-    """The runs of 5 words of a text, in lower case; a shorter text is one shingle."""
-    words = text.lower().split()
+    """The runs of 5 words of a text; a shorter text is one shingle."""
+    words = words_of(text)
     return [" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))]
 
 
@@ -48,70 +60,87 @@ def similarity(one: str, other: str) -> float:
     return len(first & second) / len(first | second)
 
 
-def candidates(sketches: np.ndarray, threshold: float) -> Iterator[tuple[int, np.ndarray]]:
+def candidates(sketches: np.ndarray, members: np.ndarray, threshold: float) -> Iterator[tuple[int, np.ndarray]]:
     """For each document that may have near-duplicates before it: (document, those before it), both ascending.
 
-    `sketches`: uint32 [documents, 128].
+    `sketches`: uint32 [documents, 128]; `members`: int64, the documents to compare, in the order of who stays. What comes
+    out are positions in `members`.
     """
-    found = [_pairs(sketches, band, threshold - DOUBT) for band in range(0, PERMUTATIONS, BAND)]
-    pairs = np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), np.int64)
+    found = [_pairs(sketches, members, band, threshold - DOUBT) for band in range(0, PERMUTATIONS, BAND)]
+    pairs = np.concatenate(found)
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     edges = np.flatnonzero(np.diff(pairs[:, 0])) + 1
     for group in np.split(pairs, edges) if len(pairs) else []:
         yield int(group[0, 0]), group[:, 1]
 
 
-def _pairs(sketches: np.ndarray, band: int, least: float) -> np.ndarray:
-    """(later, earlier) of documents whose band is equal and whose estimate reaches `least`; int64 [pairs, 2]."""
-    values = np.ascontiguousarray(sketches[:, band : band + BAND]).view(np.dtype((np.void, 4 * BAND)))[:, 0]
+def _pairs(sketches: np.ndarray, members: np.ndarray, band: int, least: float) -> np.ndarray:
+    """(later, earlier) of documents whose first equal band this is and whose estimate reaches `least`; int64 [pairs, 2]."""
+    values = np.ascontiguousarray(sketches[members, band : band + BAND]).view(np.dtype((np.void, 4 * BAND)))[:, 0]
     _, run, count = np.unique(values, return_inverse=True, return_counts=True)
-    members = np.argsort(run, kind="stable")
-    few = members[(count[run] > 1)[members] & (count[run] <= ALL_PAIRS)[members]]
-    found = list(_all_pairs(few, run[few]))
+    order = np.argsort(run, kind="stable")
+    few = order[(count[run] > 1)[order] & (count[run] <= ALL_PAIRS)[order]]
+    found = [np.empty((0, 2), np.int64)]
+    for pairs in _all_pairs(few, run[few]):
+        found += [near[0] for near in _near(pairs, sketches, members, band, least)]
     for number in np.flatnonzero(count > ALL_PAIRS):
-        found += _by_kind(np.flatnonzero(run == number), sketches, least)
-    pairs = np.concatenate([np.empty((0, 2), np.int64), *found])
-    return np.concatenate([_near(block, sketches, least) for block in np.array_split(pairs, len(pairs) // 100_000 + 1)])
+        found += _by_kind(np.flatnonzero(run == number), sketches, members, band, least)
+    return np.concatenate(found)
 
 
-def _all_pairs(members: np.ndarray, run: np.ndarray) -> Iterator[np.ndarray]:
+def _all_pairs(order: np.ndarray, run: np.ndarray) -> Iterator[np.ndarray]:
     """Each pair of a run, for all runs at once: neighbours at a distance of 1, 2, ... that belong to the same run."""
     for distance in range(1, ALL_PAIRS):
         same = run[distance:] == run[:-distance]
         if not same.any():
             return
-        yield np.stack([members[distance:][same], members[:-distance][same]], axis=1)
+        yield np.stack([order[distance:][same], order[:-distance][same]], axis=1)
 
 
-def _by_kind(run: np.ndarray, sketches: np.ndarray, least: float) -> Iterator[np.ndarray]:
+def _by_kind(run: np.ndarray, sketches: np.ndarray, members: np.ndarray, band: int, least: float) -> Iterator[np.ndarray]:
     """Each document with the first of its kind."""
     for _ in range(KINDS):
         if len(run) < 2:
             return
-        first, rest = run[0], run[1:]
-        near = (sketches[rest] == sketches[first]).mean(1) >= least
-        yield np.stack([rest[near], np.full(near.sum(), first)], axis=1)
-        run = rest[~near]
+        pairs = np.stack([run[1:], np.full(len(run) - 1, run[0])], axis=1)
+        compared = list(_near(pairs, sketches, members, band, least))
+        yield from (pair for pair, _ in compared)
+        run = run[1:][~np.concatenate([near for _, near in compared])]
 
 
-def _near(pairs: np.ndarray, sketches: np.ndarray, least: float) -> np.ndarray:
-    return pairs[(sketches[pairs[:, 0]] == sketches[pairs[:, 1]]).mean(1) >= least]
+def _near(pairs: np.ndarray, sketches: np.ndarray, members: np.ndarray, band: int, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """In blocks: the pairs whose estimate reaches `least` and that no earlier band has found; and which reach it at all."""
+    for start in range(0, len(pairs), BLOCK):
+        block = pairs[start : start + BLOCK]
+        equal = sketches[members[block[:, 0]]] == sketches[members[block[:, 1]]]
+        near = equal.mean(1) >= least
+        before = equal[:, :band].reshape(len(block), band // BAND, BAND).all(2).any(1)
+        yield block[near & ~before], near
 
 
-def superfluous(sketches: np.ndarray, threshold: float, text: Callable[[int], str]) -> dict[int, int]:
-    """Document -> the earlier one that it is a near-duplicate of, which stays."""
+def superfluous(
+    sketches: np.ndarray,
+    members: np.ndarray,
+    threshold: float,
+    text: Callable[[int], str],
+    both_stay: Callable[[int, int], bool] = lambda _one, _other: False,
+) -> dict[int, int]:
+    """Document -> the one before it that it is a near-duplicate of, which stays; but for pairs that may both stay."""
     found: dict[int, int] = {}
-    for document, earlier in candidates(sketches, threshold):
-        for other in earlier.tolist():
-            if other not in found and similarity(text(document), text(other)) >= threshold:
+    for later, earlier in candidates(sketches, members, threshold):
+        document = int(members[later])
+        for other in members[earlier].tolist():
+            if other not in found and not both_stay(document, other) and similarity(text(document), text(other)) >= threshold:
                 found[document] = other
                 break
     return found
 
 
-def near_pairs(sketches: np.ndarray, threshold: float, text: Callable[[int], str]) -> Iterator[tuple[int, int]]:
-    """(document, an earlier one) of each pair of near-duplicates; of those that hang together anyway, perhaps not each."""
-    for document, earlier in candidates(sketches, threshold):
-        for other in earlier.tolist():
+def near_pairs(sketches: np.ndarray, members: np.ndarray, threshold: float, text: Callable[[int], str]) -> Iterator[tuple[int, int]]:
+    """(document, one before it) of each pair of near-duplicates; of those that hang together anyway, perhaps not each."""
+    for later, earlier in candidates(sketches, members, threshold):
+        document = int(members[later])
+        for other in members[earlier].tolist():
             if similarity(text(document), text(other)) >= threshold:
                 yield document, other
 
@@ -141,7 +170,7 @@ class Benchmark:
 
 def plain_words(text: str) -> list[str]:
     """The words of a text without case and punctuation."""
-    return "".join(character if character.isalnum() else " " for character in text.lower()).split()
+    return words_of("".join(character if character.isalnum() else " " for character in text))
 
 
 def _runs(words: Sequence[str], length: int) -> Iterator[int]:

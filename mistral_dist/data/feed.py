@@ -59,6 +59,8 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
         steps=recipe.train.steps,
         weights=prepared.weights(TRAIN, recipe.data.sources),
     )
+    if not plan.steps:
+        raise DataError("data.sources: their weights show no example in so few epochs; raise a weight, or train.epochs")
     examples = _Examples(prepared.split(TRAIN), encoder)
     micro = recipe.train.micro_batch_size
     stream = Stream(plan, examples, (tokens, targets), rank=rank, world_size=world_size, micro_batch_size=micro)

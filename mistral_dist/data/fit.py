@@ -45,9 +45,10 @@ def _fitted(example: Example, encoded: Encoded | Rejected, encoder: Encoder, dat
         parts = _parts(example, encoded, encoder, data)
     except Rejected as reason:
         return reason
-    if len(parts) == 1:
-        return parts
+    # the id is of what was read, also where less is left of it: it decides the split
     name = example.id
+    if len(parts) == 1:
+        return [replace(parts[0], id=name)]
     return [replace(part, id=f"{name}-{number}") for number, part in enumerate(parts, 1)]
 
 
@@ -57,7 +58,7 @@ def _parts(example: Example, encoded: Encoded | Rejected, encoder: Encoder, data
             raise encoded
         return [piece for part in encoder.unrolled(example) for piece in _parts(part, encoder.encode(part), encoder, data)]
     if len(encoded.ids) <= data.max_length:
-        return [Piece(example.id, example, encoded)]
+        return [Piece("", example, encoded)]
     if encoder.task.kind == "pretrain":
         return list(_cut_up(example, data.max_length, encoder))
     return [_too_long(example, len(encoded.ids), encoder, data)]
@@ -82,7 +83,7 @@ def _shortened(example: Example, encoder: Encoder, capacity: int) -> Piece | Non
         encoded = encoder.encode(example)
         excess = len(encoded.ids) - capacity
         if excess <= 0:
-            return Piece(example.id, example, encoded, shortened=True)
+            return Piece("", example, encoded, shortened=True)
         newer = _without_oldest_exchange(example.messages)
         if newer is not None and any(turn["role"] == "assistant" and turn.get("train", True) for turn in newer):
             example = replace(example, messages=newer)
@@ -126,7 +127,7 @@ def _cut_up(example: Example, capacity: int, encoder: Encoder) -> Iterator[Piece
     texts = list(_cut(example, example.text, capacity, encoder))
     for number, text in enumerate(texts, 1):
         piece = replace(example, place=f"{example.place} part {number}", text=text, ends=number == len(texts))
-        yield Piece(example.id, piece, encoder.encode(piece))
+        yield Piece("", piece, encoder.encode(piece))
 
 
 def _cut(example: Example, text: str, capacity: int, encoder: Encoder) -> Iterator[str]:

@@ -25,7 +25,7 @@ from mistral_dist.data.stream import Ahead, Batch, Drop, Work, background, colla
 from mistral_dist.errors import DataError
 
 ENOUGH_ROWS = 1000
-"""Rows of a lane before its share of bad ones says anything: of 1,000 rows, 5 % are 50, give or take 7."""
+"""Rows of the stream before the share of bad ones says anything: of 1,000 rows, 5 % are 50, give or take 7."""
 
 Examples = tuple[tuple[str, Encoded], ...]
 Total = Callable[[Sequence[float]], list[float]]
@@ -194,7 +194,7 @@ class Lane:
     def blocks(self, state: LaneState) -> Iterator[Block]:
         """The block that a state is in, whole, and those after it; blocks without a pack are passed over.
 
-        Raises DataError where a whole round of every source holds no usable example, and where too many rows are bad.
+        Raises DataError where a whole round of every source holds no usable example.
         """
         state = replace(state, given=0)
         mixture = _Mixture(self._parts, [source.weight for source in self._sources], state.places)
@@ -238,17 +238,11 @@ class Lane:
         return tuple(tuple(members[n] for n in found[pack]) for pack in permutation(len(found), *key, 1))
 
     def _counted(self, state: LaneState, rows: Sequence[tuple[int, Place, Any]], read: Read, places: tuple[Place, ...]) -> LaneState:
-        """The state at the next block. A row is counted when it is met first. Raises DataError where too many are bad."""
+        """The state at the next block. A row is counted when it is met first."""
         bad = [drop for row, drop in read.drops if drop.is_bad and rows[row][1].round == 0]
         counts = dict(Counter(state.bad) + Counter(drop.reason for drop in bad))
         first = state.first_bad or next((f"{drop.place}: {drop.because}" for drop in bad), "")
         count = state.rows + sum(place.round == 0 for _, place, _ in rows)
-        share = sum(counts.values()) / max(1, count)
-        if count >= ENOUGH_ROWS and share > self._rules.bad_rows:
-            raise DataError(
-                f"{self._name}: {share:.1%} of its first {count} rows are bad ({_by_reason(counts)}), data.bad_rows allows"
-                f" {self._rules.bad_rows:.1%}; the first is {first}"
-            )
         return LaneState(self.number, places, state.block + 1, 0, count, counts, first)
 
 
@@ -292,14 +286,31 @@ class Lanes:
             yield from Ahead((self._work(step, lanes) for step in range(start, self.steps)), building)
 
     def agree(self, work: Work, total: Total) -> Work:
-        """The work with the counts of the global batch: one sum over the ranks, before the first forward needs them.
+        """The work with the counts of the global batch: one sum over the ranks, before the first forward needs them. Raises
+        DataError on all ranks where too many rows are bad.
 
         The epoch is the mean of the lanes' finished rounds: how long a round is, nobody knows before its end.
         """
-        own = (work.targets, work.tokens, work.examples, work.dropped, work.epoch)
-        targets, tokens, examples, dropped, rounds = (int(value) for value in total(own))
+        states = work.cursor.lanes
+        judged = (sum(state.rows for state in states), sum(sum(state.bad.values()) for state in states))
+        own = (work.targets, work.tokens, work.examples, work.dropped, work.epoch, *judged)
+        targets, tokens, examples, dropped, rounds, rows, bad = (int(value) for value in total(own))
+        self._refuse_bad(rows, bad, states)
         epoch = rounds / self.rules.lanes
         return replace(work, targets=targets, tokens=tokens, examples=examples, dropped=dropped, epoch=epoch)
+
+    def _refuse_bad(self, rows: int, bad: int, own: Sequence[LaneState]) -> None:
+        """Raise DataError, on all ranks alike, where too many of the rows met so far are bad."""
+        if rows < ENOUGH_ROWS or bad <= self.rules.bad_rows * rows:
+            return
+        counts: Counter[str] = Counter()
+        for state in own:
+            counts.update(state.bad)
+        first = next((f"; the first here is {state.first_bad}" for state in own if state.first_bad), "")
+        raise DataError(
+            f"data.bad_rows={self.rules.bad_rows:g}: {bad:,} of the stream's first {rows:,} rows are no examples"
+            f" ({_by_reason(counts)} of them on this rank){first}; mend them, or raise data.bad_rows"
+        )
 
     def _work(self, step: int, lanes: dict[int, Iterator[Fed]]) -> Work:
         fed = {slot: next(lane) for slot, lane in lanes.items()}

@@ -22,28 +22,19 @@ import numpy as np
 import pyarrow as pa
 
 from mistral_dist.config import Recipe, digest
-from mistral_dist.data import sources
+from mistral_dist.data import assignments, sources
 from mistral_dist.data.audit import Audit, shape, written
 from mistral_dist.data.cleaner import Cleaner, read_benchmarks
 from mistral_dist.data.duplicates import Benchmark
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.example import Rejected, Row, from_record
-from mistral_dist.data.prepared import (
-    FORMAT,
-    Prepared,
-    all_sources,
-    assigned,
-    key,
-    read_manifest,
-    split_rule,
-    write_assignments,
-)  # fmt: skip
+from mistral_dist.data.prepared import FORMAT, Prepared, is_prepared, key, prepared_sources, read_manifest
 from mistral_dist.data.shards import Spool, Writer
-from mistral_dist.data.sift import DROPPED, Documents, Known, Sifted, sift
-from mistral_dist.data.split import SPLITS, TEST, TRAIN, VALIDATION
+from mistral_dist.data.sift import DROPPED, Documents, Sifted, remembered, sift
+from mistral_dist.data.split import SPLITS, TRAIN
 from mistral_dist.data.workers import Cleaned, clean_all, entry
 from mistral_dist.errors import DataError
-from mistral_dist.files import ASIDE, aside_of, publish, write_text
+from mistral_dist.files import aside_of, asides_of, publish, write_text
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable to show progress under a description."""
@@ -55,7 +46,7 @@ def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what
     Raises DataError for a missing or unreadable source, too many bad rows, or an empty split.
     """
     target = recipe.data_dir
-    sources.check(all_sources(recipe))
+    sources.check(prepared_sources(recipe))
     _refuse_foreign(target)
     with _alone(target):
         aside = aside_of(target)
@@ -72,12 +63,12 @@ def prepare(recipe: Recipe, encoder: Encoder, track: Track = lambda items, _what
 
 def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[str, Any]:
     """Write a data directory into `folder`; return its manifest."""
-    seen = sources.state(all_sources(recipe))
+    seen = sources.state(prepared_sources(recipe))
     audit = Audit(folder / "quarantine.jsonl")
     spool = Spool(folder / "spool.arrow")
     try:
         gathered = _gather(recipe, encoder, audit, spool, track)
-        known = assigned(recipe)
+        known = assignments.read(recipe.data_dir, recipe)
         sifted = sift(gathered.documents, recipe.data, known)
         for document, reason, because in sifted.dropped:
             audit.drop(gathered.quarantined(document, Rejected(reason, because)))
@@ -90,7 +81,7 @@ def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[
     audit.close()
     facts = _write(folder, gathered, sifted, encoder.fingerprint, track)
     (folder / "spool.arrow").unlink()
-    write_assignments(folder, _remembered(known, gathered.documents, sifted, recipe))
+    assignments.write(folder, remembered(known, gathered.documents, sifted, recipe.data))
     manifest = {**_counts(recipe, encoder, audit, seen, sifted), **facts}
     manifest |= shape(recipe, Prepared(folder, manifest))
     assert audit.total == sum(manifest["documents"].values()) + sum(audit.dropped.values()) + sum(audit.bad.values())
@@ -108,7 +99,7 @@ def _alone(target: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"data.dir: {target}: is being prepared by another process; wait for it") from None
-        for leftover in sorted(target.parent.glob(f"{ASIDE}{target.name}-*")):
+        for leftover in asides_of(target):
             if not target.exists() and read_manifest(leftover) is not None:
                 leftover.rename(target)  # killed between the two renames: the data, and with them the assignments to splits
             else:
@@ -174,7 +165,7 @@ def _gather(recipe: Recipe, encoder: Encoder, audit: Audit, spool: Spool, track:
 def _rows(recipe: Recipe) -> Iterator[tuple[int, Row]]:
     """The rows to prepare: all, but those that training streams."""
     for index, source in enumerate(recipe.data.sources):
-        if source.into in (VALIDATION, TEST) or not recipe.data.streaming:
+        if is_prepared(source, recipe.data):
             yield from ((index, row) for _, row in sources.read([source]))
 
 
@@ -233,19 +224,6 @@ def _identity(batch: pa.RecordBatch) -> bytes:
     return "".join(f"{one}\x1e" for one in zip(*columns, strict=True)).encode("utf-8", "surrogatepass")
 
 
-def _remembered(known: Known, documents: Documents, sifted: Sifted, recipe: Recipe) -> Known:
-    """All assignments so far; but for splits of the user's own, which the recipe keeps."""
-    divided = np.array([source.into is None for source in recipe.data.sources])[documents.sources]
-    kept = np.flatnonzero((sifted.splits != DROPPED) & divided)
-    names = [SPLITS[number] for number in sifted.splits[kept].tolist()]
-    ids, groups = documents.ids[kept].tolist(), documents.groups[kept].tolist()
-    by_group = {group: name for group, name in zip(groups, names, strict=True) if group}
-    own_groups = {id: group for id, group in zip(ids, groups, strict=True) if group}
-    present = set(ids)
-    before = {id: group for id, group in known.groups.items() if id not in present}
-    return Known(known.splits | dict(zip(ids, names, strict=True)) | by_group, before | own_groups)
-
-
 def _refuse_empty(recipe: Recipe, sifted: Sifted, audit: Audit) -> None:
     wanted = {"validation": recipe.data.validation_fraction, "test": recipe.data.test_fraction}
     divided = any(source.into is None for source in recipe.data.sources) and not recipe.data.streaming
@@ -264,7 +242,7 @@ def _counts(recipe: Recipe, encoder: Encoder, audit: Audit, seen: dict[str, list
         "format": FORMAT,
         "key": key(recipe, encoder),
         "sources": seen,
-        "split": split_rule(recipe),
+        "split": assignments.rule(recipe.data),
         "rows": audit.total,
         "rows_by_source": {str(number): count for number, count in sorted(audit.rows.items())},
         "changed": dict(sorted(audit.changed.items())),

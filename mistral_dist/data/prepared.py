@@ -15,15 +15,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
-from mistral_dist.config import Recipe, Source, digest
+from mistral_dist.config import Data, Recipe, Source, digest
 from mistral_dist.data import sources
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.remote import is_remote
 from mistral_dist.data.shards import read_shards
-from mistral_dist.data.sift import Known
-from mistral_dist.data.split import SPLITS
+from mistral_dist.data.split import TEST, VALIDATION
 from mistral_dist.errors import DataError
 from mistral_dist.files import read_json
 
@@ -73,21 +71,25 @@ def open_prepared(recipe: Recipe, encoder: Encoder) -> Prepared:
 
 
 def sources_changed(recipe: Recipe, prepared: Prepared) -> bool:
-    """Whether a file of this machine was added, removed or written to since the data were prepared.
+    """Whether a file of this machine was added or written to since the data were prepared.
 
-    Remote ones are not looked at: what is prepared can be trained on without a network.
+    Remote ones are not looked at, nor is one missed that is no longer there: what is prepared can be trained on without them.
     """
-    here = [source for source in all_sources(recipe) if source.path is not None and not is_remote(source.path)]
-    before = {path: seen for path, seen in prepared.manifest["sources"].items() if not is_remote(path)}
-    return bool(before != sources.state(here))
+    here = [source for source in prepared_sources(recipe) if source.path is not None and not is_remote(source.path)]
+    before = prepared.manifest["sources"]
+    try:
+        now = sources.state(here)
+    except DataError:
+        return False
+    return any(before.get(path) != seen for path, seen in now.items())
 
 
-def is_current(recipe: Recipe, encoder: Encoder) -> bool:
-    """Whether the recipe's data directory is what `prepare` would make of it now. Asks the servers of remote sources."""
+def current(recipe: Recipe, encoder: Encoder) -> Prepared | None:
+    """The recipe's data directory, if `prepare` would make the same of it now. Asks the servers of remote sources."""
     manifest = read_manifest(recipe.data_dir)
     if manifest is None or manifest["key"] != key(recipe, encoder):
-        return False
-    return bool(manifest["sources"] == sources.state(all_sources(recipe)))
+        return None
+    return Prepared(recipe.data_dir, manifest) if manifest["sources"] == sources.state(prepared_sources(recipe)) else None
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -95,53 +97,19 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return read_json(path / "manifest.json")
 
 
-def all_sources(recipe: Recipe) -> tuple[Source, ...]:
-    """What `prepare` reads: the sources and the benchmarks."""
-    return (*recipe.data.sources, *recipe.data.benchmarks)
+def prepared_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """What `prepare` reads: the sources, but those that training streams, and the benchmarks."""
+    return (*(source for source in recipe.data.sources if is_prepared(source, recipe.data)), *recipe.data.benchmarks)
+
+
+def is_prepared(source: Source, data: Data) -> bool:
+    """Whether `prepare` reads a source; of a stream only what is held out."""
+    return not data.streaming or source.into in (VALIDATION, TEST)
 
 
 def key(recipe: Recipe, encoder: Encoder) -> str:
     """What decides the content of a data directory, beside the sources themselves."""
-    data = recipe.data.model_dump(mode="json", exclude={"dir", "workers", "bad_rows"})
+    data = recipe.data.model_dump(mode="json", exclude={"dir", "workers", "bad_rows", "block"})
     for source in data["sources"]:
         del source["weight"]  # how often a train example is shown is the plan's
     return digest({"format": FORMAT, "task": recipe.task.model_dump(mode="json"), "data": data, "encoding": encoder.fingerprint})
-
-
-# assignments
-
-
-def assigned(recipe: Recipe) -> Known:
-    """Earlier assignments in this directory, where they were made with the same rule."""
-    manifest = read_manifest(recipe.data_dir)
-    file = recipe.data_dir / "assignments.arrow"
-    if manifest is None or manifest.get("split") != split_rule(recipe) or not file.is_file():
-        return Known()
-    with pa.ipc.open_file(str(file)) as reader:
-        columns = reader.read_all().to_pydict()
-    splits = dict(zip(columns["id"], (SPLITS[number] for number in columns["split"]), strict=True))
-    return Known(splits, {id: group for id, group in zip(columns["id"], columns["group"], strict=True) if group})
-
-
-def write_assignments(folder: Path, known: Known) -> None:
-    """Write down which split each document and group has: id, the group of the document (0 for none), split."""
-    table = pa.table(
-        {
-            "id": pa.array(list(known.splits), pa.uint64()),
-            "group": pa.array([known.groups.get(id, 0) for id in known.splits], pa.uint64()),
-            "split": pa.array([SPLITS.index(name) for name in known.splits.values()], pa.int8()),
-        }
-    )
-    with pa.ipc.new_file(str(folder / "assignments.arrow"), table.schema) as writer:
-        writer.write_table(table)
-
-
-def split_rule(recipe: Recipe) -> dict[str, Any]:
-    """What assigns documents to splits; with another rule all are assigned anew."""
-    data = recipe.data
-    return {
-        "seed": data.seed,
-        "validation_fraction": data.validation_fraction,
-        "test_fraction": data.test_fraction,
-        "stratify": data.stratify,
-    }

@@ -37,9 +37,9 @@ def is_http(url: str) -> bool:
 
 
 def shown(url: str) -> str:
-    """A URL as errors and manifests name it: without passwords, and without a query, which may hold a signature."""
+    """A URL as errors, audits and model cards name it: without user and password, and without a query, which may hold a signature."""
     parts = urllib.parse.urlsplit(url)
-    if not is_http(url):
+    if not parts.netloc:
         return url
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -79,6 +79,12 @@ def expand(url: str, beside: Sequence[str] = ()) -> tuple[str, list[str]]:
         return fs.unstrip_protocol(folder), sorted({fs.unstrip_protocol(one) for one in found})
 
     return _patiently(url, _first_look(), find)
+
+
+def refuse_user(url: str) -> None:
+    """Raise DataError for a user name in an address of the web: it would be sent nowhere."""
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise DataError(f"{shown(url)}: a user name in an address is not supported; use a signed URL, or set data.sources.path to a copy")
 
 
 def state(url: str) -> list[Any]:

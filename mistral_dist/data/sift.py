@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mistral_dist.config import Data
+from mistral_dist.data.assignments import Known
 from mistral_dist.data.duplicates import Families, candidates, near_pairs, similarity, superfluous
 from mistral_dist.data.split import SPLITS, TEST, TRAIN, VALIDATION, Family, split
 
 DROPPED = -1
-FIRST = {TEST: 0, VALIDATION: 1, None: 3, TRAIN: 3}
-"""Who stays where two say the same: a test example of the user's own, a validation example, what was there before, the rest."""
-KNOWN_BEFORE = 2
+KNOWN_BEFORE, IN_ANOTHER_GROUP, NEW = 2, 3, 4
+RANK = {TEST: 0, VALIDATION: 1, TRAIN: NEW, None: NEW}
+"""Who stays where two say the same: a test example of the user's own, a validation example, what was there before (in its
+group, then in another), the rest."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,6 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What was assigned before."""
-
-    splits: dict[int, str] = field(default_factory=dict)
-    """Content or group id -> split."""
-    groups: dict[int, int] = field(default_factory=dict)
-    """Content id -> the group that it had, where it had one."""
-
-
-@dataclass(frozen=True)
 class Sifted:
     """What became of each document."""
 
@@ -74,6 +66,8 @@ class _Sifter:
     """object [documents]: the split that a document has already, or that its group has, or None"""
     placed: np.ndarray
     """bool [documents]: whether it is the document's own: it is not new"""
+    rank: np.ndarray
+    """int8 [documents]: the lower stays where two say the same"""
     alive: np.ndarray = field(init=False)
     """int64: the documents that are still in, in the order of who stays"""
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
@@ -91,14 +85,16 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     """Drop what says the same or contradicts itself, and give the rest to the splits; what was assigned before is kept."""
     own = [source.into for source in data.sources]
     sides, priority, placed = _sides(documents, own, known)
-    sifter = _Sifter(documents, data, sides, placed)
+    sifter = _Sifter(documents, data, sides, placed, priority)
     sifter.alive = np.lexsort((np.arange(len(documents)), priority))
     sifter.drop(_contradictions(sifter))
     sifter.drop(_repetitions(sifter))
     near = data.near_duplicates if len(documents) and documents.sketches.shape[1] else None
     if near is not None and data.near_duplicate_policy == "drop":
         sifter.drop(_near_repetitions(sifter, near))
-    together = list(_near_edges(sifter, near)) if near is not None and data.near_duplicate_policy == "keep_together" else []
+    together: list[tuple[int, int]] = []
+    if near is not None and data.near_duplicate_policy == "keep_together":
+        together = list(near_pairs(documents.sketches, sifter.alive, near, documents.text))
     sifter.drop(_own_splits_that_touch(sifter, together))
     sifter.drop(_between_two_splits(sifter, together))
     splits = _assign(sifter, together)
@@ -109,30 +105,37 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
 def _sides(documents: Documents, own: Sequence[str | None], known: Known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each document the split that it or its group has already, its rank among those that say the same, and whether it is not new."""
     sides = np.array([own[source] for source in documents.sources.tolist()], dtype=object)
-    priority = np.array([FIRST[side] for side in sides.tolist()], dtype=np.int8)
+    priority = np.array([RANK[side] for side in sides.tolist()], dtype=np.int8)
     placed = np.array([side is not None for side in sides.tolist()], dtype=bool)
     if known.splits:
         for document, (id, group) in enumerate(zip(documents.ids.tolist(), documents.groups.tolist(), strict=True)):
-            if sides[document] is None and known.splits.get(id) and known.groups.get(id, 0) == group:
-                sides[document], priority[document], placed[document] = known.splits[id], KNOWN_BEFORE, True
-            elif sides[document] is None:
+            if sides[document] is not None:
+                continue
+            if id in known.splits and known.groups.get(id, 0) == group:
+                sides[document], placed[document], priority[document] = known.splits[id], True, KNOWN_BEFORE
+            else:
+                priority[document] = IN_ANOTHER_GROUP if id in known.splits else NEW
                 # new, or of another group than before: then the group decides
                 sides[document] = (known.splits.get(group) if group else None) or known.splits.get(id)
     return sides, priority, placed
 
 
 def _contradictions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
-    """Texts that stand under more than one label: which one is right cannot be known here."""
-    labels = sifter.documents.labels[sifter.alive]
-    _, text = np.unique(sifter.documents.ids[sifter.alive], return_inverse=True)
-    pairs = np.unique(np.stack([text, labels]), axis=1)
+    """Texts under more than one label: which one is right cannot be known here. What has precedence stays, if it agrees with itself."""
+    alive, documents = sifter.alive, sifter.documents
+    _, text = np.unique(documents.ids[alive], return_inverse=True)
+    pairs = np.unique(np.stack([text, documents.labels[alive]]), axis=1)
     kinds = np.bincount(pairs[0], minlength=1)
-    others: dict[int, int] = {}
+    torn: dict[int, list[int]] = {}
     for number in np.flatnonzero(kinds[text] > 1).tolist():
-        document = int(sifter.alive[number])
-        first = others.setdefault(int(text[number]), document)
-        because = f"the same text has another label at {sifter.documents.place(first)}" if first != document else "and another label later"
-        yield document, "conflicting_labels", because
+        torn.setdefault(int(text[number]), []).append(int(alive[number]))
+    for members in torn.values():
+        best = [document for document in members if sifter.rank[document] == sifter.rank[members[0]]]
+        agreed = len({int(documents.labels[document]) for document in best}) == 1 and len(best) < len(members)
+        for document in members:
+            if not (agreed and document in best):
+                other = next(one for one in members if documents.labels[one] != documents.labels[document])
+                yield document, "conflicting_labels", f"the same text has another label at {_told(sifter, other)}"
 
 
 def _repetitions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
@@ -144,11 +147,16 @@ def _repetitions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
 
 
 def _near_repetitions(sifter: _Sifter, threshold: float) -> Iterator[tuple[int, str, str]]:
-    alive, documents = sifter.alive, sifter.documents
-    found = superfluous(documents.sketches[alive], threshold, lambda number: documents.text(int(alive[number])))
-    for number, other in found.items():
-        sifter.stand_ins.append((int(alive[other]), int(alive[number])))
-        yield int(alive[number]), "near_duplicate", f"like {_told(sifter, int(alive[other]))}"
+    """Near-duplicates of one that stays; what the user holds out is taken as it is, and only checked against the rest."""
+    documents, sources = sifter.documents, sifter.data.sources
+
+    def both_stay(one: int, other: int) -> bool:
+        sides = {sources[documents.sources[document]].into for document in (one, other)}
+        return len(sides) == 1 and sides <= {VALIDATION, TEST}
+
+    for document, other in superfluous(documents.sketches, sifter.alive, threshold, documents.text, both_stay).items():
+        sifter.stand_ins.append((other, document))
+        yield document, "near_duplicate", f"like {_told(sifter, other)}"
 
 
 def _told(sifter: _Sifter, document: int) -> str:
@@ -157,12 +165,6 @@ def _told(sifter: _Sifter, document: int) -> str:
 
 
 # families
-
-
-def _near_edges(sifter: _Sifter, threshold: float) -> Iterator[tuple[int, int]]:
-    alive, documents = sifter.alive, sifter.documents
-    for one, other in near_pairs(documents.sketches[alive], threshold, lambda number: documents.text(int(alive[number]))):
-        yield int(alive[one]), int(alive[other])
 
 
 def _families(sifter: _Sifter, members: np.ndarray, together: list[tuple[int, int]], *, own_groups_only: bool = False) -> Families:
@@ -199,7 +201,7 @@ def _own_splits_that_touch(sifter: _Sifter, together: list[tuple[int, int]]) -> 
     families = _families(sifter, placed, together, own_groups_only=True)
     sides = _sides_of(sifter, families, placed)
     for document in placed.tolist():
-        best = min(sides[families.of(document)], key=lambda side: FIRST[side])
+        best = min(sides[families.of(document)], key=lambda side: RANK[side])
         if sifter.sides[document] != best:
             yield document, "leaks", f"is in {sifter.sides[document]}, and belongs together with what is in {best}"
 
@@ -226,8 +228,9 @@ def _assign(sifter: _Sifter, together: list[tuple[int, int]]) -> np.ndarray:
         members.setdefault(-1 - document if family in torn else family, []).append(document)
     families = [
         Family(
-            id=f"{documents.ids[own[0]]:016x}",
-            stratum=_stratum(documents, own[0], data),
+            # not the first in the files: the split must not depend on their order
+            id=f"{documents.ids[own].min():016x}",
+            stratum=_stratum(documents, own[int(documents.ids[own].argmin())], data),
             size=len(own),
             place=next((side for side in sifter.sides[own].tolist() if side is not None), None),
         )
@@ -259,10 +262,10 @@ def _leakage(documents: Documents, splits: np.ndarray, threshold: float | None) 
         found["groups"] = _on_two_sides(documents.groups[grouped], splits[grouped])
     if threshold is not None:
         found["near"] = 0
-        for document, earlier in candidates(documents.sketches[kept], threshold):
-            for other in earlier[splits[kept[earlier]] != splits[kept[document]]].tolist():
-                alike = similarity(documents.text(int(kept[document])), documents.text(int(kept[other])))
-                found["near"] += alike >= threshold
+        for later, earlier in candidates(documents.sketches, kept, threshold):
+            document = int(kept[later])
+            for other in kept[earlier][splits[kept[earlier]] != splits[document]].tolist():
+                found["near"] += similarity(documents.text(document), documents.text(other)) >= threshold
     return found
 
 
@@ -271,3 +274,16 @@ def _on_two_sides(keys: np.ndarray, splits: np.ndarray) -> int:
     pairs = np.unique(np.stack([keys.astype(np.uint64), splits.astype(np.uint64)]), axis=1)
     _, counts = np.unique(pairs[0], return_counts=True)
     return int((counts > 1).sum())
+
+
+def remembered(known: Known, documents: Documents, sifted: Sifted, data: Data) -> Known:
+    """All assignments so far; but for splits of the user's own, which the recipe keeps."""
+    divided = np.array([source.into is None for source in data.sources])[documents.sources]
+    kept = np.flatnonzero((sifted.splits != DROPPED) & divided)
+    names = [SPLITS[number] for number in sifted.splits[kept].tolist()]
+    ids, groups = documents.ids[kept].tolist(), documents.groups[kept].tolist()
+    by_group = {group: name for group, name in zip(groups, names, strict=True) if group}
+    own_groups = {id: group for id, group in zip(ids, groups, strict=True) if group}
+    present = set(ids)
+    before = {id: group for id, group in known.groups.items() if id not in present}
+    return Known({**known.splits, **dict(zip(ids, names, strict=True)), **by_group}, before | own_groups)

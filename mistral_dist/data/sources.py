@@ -75,6 +75,7 @@ def check(sources: Iterable[Source]) -> None:
         if not remote.is_remote(source.path):
             _local_files(source.path)
         elif remote.is_http(source.path):
+            remote.refuse_user(source.path)
             _known([source.path])
 
 

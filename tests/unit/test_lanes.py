@@ -298,7 +298,9 @@ def test_too_many_bad_rows_stop_the_run_at_the_same_step_after_a_kill() -> None:
     good = " " * 40 + "?" * 7
     streamed = source(5000, marks=good + "!!!")
     ruled = rules(1, 100, bad_rows=0.05)
-    said = r"part 1 .*6\.0% of its first 1000 rows are bad \(odd 60\), data\.bad_rows allows 5\.0%; the first is 0\.0\.47/\d+!: as marked"
+    said = (
+        r"data\.bad_rows=0\.05: 60 of the stream's first 1,000 rows are no examples \(odd 60 .*; the first here is 0\.0\.47/\d+!: as marked"
+    )
     whole = until_refused(group([streamed], ruled, 10_000), Cursor(), said)
     rest = until_refused(group([streamed], ruled, 10_000), whole[200][2], said)
     assert [seen(*step) for step in rest] == [seen(*step) for step in whole[201:]]
@@ -317,6 +319,13 @@ def until_refused(ranks: Group, cursor: Cursor, said: str) -> list[tuple[Work, I
     with pytest.raises(DataError, match=said):
         go()
     return steps
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_bad_rows_are_judged_over_all_parts_together(world: int) -> None:
+    """Of 8 parts none has 1,000 rows, and yet the stream is refused once 1,000 were met, by all ranks at the same step."""
+    streamed = source(2000, marks=" !!")
+    until_refused(group([streamed], rules(8, 50, bad_rows=0.05), 1000, world), Cursor(), r"stream's first 1,[0-9]{3} rows are no examples")
 
 
 def test_few_bad_rows_never_stop_a_run_by_coming_round() -> None:

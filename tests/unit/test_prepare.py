@@ -13,6 +13,7 @@ import tokenizers
 import transformers
 
 from mistral_dist.config import Data, Model, Recipe, Source, Task
+from mistral_dist.data.audit import written
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.example import Example, Rejected, from_record
 from mistral_dist.data.feed import open_feed
@@ -22,7 +23,10 @@ from mistral_dist.data.prepared import Prepared, open_prepared, read_manifest, s
 from mistral_dist.data.split import SPLITS
 from mistral_dist.data.stream import Plan, Stream
 from mistral_dist.errors import WRONG_INPUT, DataError
+from mistral_dist.files import aside_of
 from mistral_dist.hub import load_tokenizer
+from mistral_dist.session import model_card
+from mistral_dist.workflow import prepare_if_needed
 
 WriteRecipe = Callable[..., Path]
 CHAT = {"kind": "chat", "labels": [], "prompt": "{text}", "system": None}
@@ -344,6 +348,74 @@ def test_a_file_in_the_place_of_the_folder_is_refused(write_recipe: WriteRecipe,
     assert target.read_text() == "a file"
 
 
+def test_a_directory_whose_name_begins_alike_is_left_alone(write_recipe: WriteRecipe, prepared: Make) -> None:
+    """`small` and `small-large` are prepared at the same time: neither takes what the other has not finished."""
+    path = write_recipe()
+    folder = Recipe.load(path).data_dir
+    other = aside_of(folder.with_name(f"{folder.name}-large"))
+    own = aside_of(folder)
+    for aside in (other, own):
+        aside.mkdir(parents=True)
+        (aside / "manifest.json").write_text("{}")
+    prepared(path)
+    assert other.is_dir()
+    assert not own.exists()
+
+
+def test_a_group_that_is_named_later_assigns_all_anew(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    rows = [{**row, "author": n % 30} for n, row in enumerate(texts)]
+    path = write_recipe(rows=rows)
+    assert sum(prepared(path)[1].manifest["documents"].values()) == 300
+    source = {"path": str(path.parent / "small.jsonl"), "group": "author"}
+    _, found = prepared(write_recipe(rows=rows, data={"sources": [source]}))
+    assert sum(found.manifest["documents"].values()) == 300
+    assert found.manifest["leakage"] == {"equal": 0, "groups": 0}
+
+
+def test_a_group_is_one_across_sources(write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]) -> None:
+    """Train and test of the user's own share their patients: what is in train goes."""
+    for name, rows in {"train": texts[:100], "test": texts[100:140]}.items():
+        lines = [json.dumps({**row, "patient": n % 20}) + "\n" for n, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "into": name, "group": "patient"} for name in ("train", "test")]
+    found = refusal(lambda: prepared(write_recipe(data={"sources": sources})))
+    assert "the train split is empty: 140 rows read, 40 kept, left out: 100 leaks" in found
+    assert "is in train, and belongs together with what is in test" in found
+
+
+def test_more_sources_in_front_move_no_old_row(
+    write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    rows = [{**row, "author": n % 30} for n, row in enumerate(texts[:200])]
+    own = {"path": str(tmp_path / "small.jsonl"), "group": "author"}
+    _, found = prepared(write_recipe(rows=rows, data={"sources": [own], "near_duplicates": 0.8}))
+    before = {record["id"]: name for name in SPLITS for record in records(found, name)}
+    (tmp_path / "front.jsonl").write_text("".join(json.dumps({**row, "text": row["text"] + " And more."}) + "\n" for row in rows))
+    front = {"path": str(tmp_path / "front.jsonl"), "group": "author"}
+    _, found = prepared(write_recipe(rows=rows, data={"sources": [front, own], "near_duplicates": 0.8}))
+    after = {record["id"]: name for name in SPLITS for record in records(found, name)}
+    assert {id: after.get(id) for id in before} == before
+
+
+def test_another_length_moves_no_example(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    rows = [{**row, "text": row["text"] + " word" * (90 + n)} for n, row in enumerate(texts[:60])]
+    sides = []
+    for length in ("192", "180"):
+        _, found = prepared(write_recipe(rows=rows, data={"overlong": "shorten"}), f"data.max_length={length}")
+        assert found.manifest["changed"]["shortened"] > 20
+        sides.append({record["place"]: (name, record["id"]) for name in SPLITS for record in records(found, name)})
+    assert sides[0] == sides[1]
+
+
+def test_what_is_secret_in_an_address_is_in_no_audit_and_no_model_card(write_recipe: WriteRecipe, prepared: Make) -> None:
+    _, found = prepared(write_recipe("known"))
+    signed = ["https://h/x.jsonl?Signature=SECRET", "sftp://user:SECRET@h/x.jsonl"]
+    recipe = Recipe.load(write_recipe(data={"sources": [{"path": path} for path in signed]}))
+    told = written(found.manifest, {}, recipe) + model_card(recipe, "data", 3)
+    assert "SECRET" not in told
+    assert told.count("https://h/x.jsonl") == told.count("sftp://h/x.jsonl") == 2
+
+
 def test_an_empty_folder_is_taken(write_recipe: WriteRecipe, prepared: Make) -> None:
     path = write_recipe()
     Recipe.load(path).data_dir.mkdir(parents=True)
@@ -359,7 +431,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(
     def killed(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mistral_dist.data.prepare.write_assignments", killed)
+    monkeypatch.setattr("mistral_dist.data.assignments.write", killed)
     with pytest.raises(OSError, match="No space"):
         prepared(path)
     assert read_manifest(recipe.data_dir) == first.manifest
@@ -408,6 +480,17 @@ def test_what_does_not_touch_the_data_needs_no_new_ones(write_recipe: WriteRecip
     prepared(path)
     changed = Recipe.load(path, ["optim.learning_rate=1e-5", "train.seed=9", "lora.r=2"])
     open_prepared(changed, Encoder(tokenizer, changed.task))
+
+
+def test_what_is_prepared_can_be_used_when_its_files_are_gone(
+    write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]
+) -> None:
+    path = write_recipe()
+    recipe, found = prepared(path)
+    (tmp_path / "small.jsonl").unlink()
+    assert prepare_if_needed(recipe).manifest == found.manifest
+    with pytest.raises(DataError, match="no such file"):
+        prepare_if_needed(recipe, again=True)
 
 
 def test_a_changed_source_is_noticed(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:

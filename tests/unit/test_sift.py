@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_dist.config import Data
+from mistral_dist.data.assignments import Known
 from mistral_dist.data.duplicates import PERMUTATIONS, sketch
 from mistral_dist.data.example import Example
-from mistral_dist.data.sift import Documents, Known, Sifted, sift
+from mistral_dist.data.sift import Documents, Sifted, remembered, sift
 from mistral_dist.data.split import SPLITS
 from mistral_dist.data.workers import group_id
 
@@ -68,6 +69,31 @@ def test_a_text_under_two_labels_goes_altogether() -> None:
     assert "f:0" in found.dropped[1][2]
 
 
+def test_where_two_sides_contradict_each_other_the_test_example_stays() -> None:
+    rows = [{"text": "a", "label": 0, "source": 0}, {"text": "b", "label": 0, "source": 0}, {"text": "a", "label": 1, "source": 1}]
+    found = sift(documents(rows), data("train", "test"), Known())
+    assert where(found) == [None, "train", "test"]
+    assert found.dropped == [(0, "conflicting_labels", "the same text has another label at f:2 (test)")]
+
+
+def test_near_equal_test_examples_of_ones_own_are_taken_as_they_are() -> None:
+    rows = [
+        {"text": FOX, "source": 1},
+        {"text": FOX + " again", "source": 1},
+        {"text": FOX + " too", "source": 0},
+        {"text": "x", "source": 0},
+    ]
+    found = sift(documents(rows), data("train", "test"), Known())
+    assert where(found) == ["test", "test", None, "train"]
+
+
+def test_the_order_of_the_rows_decides_no_split() -> None:
+    rows = [{**row, "group": f"patient {n % 30}", "label": n % 3} for n, row in enumerate(different(300))]
+    sides = where(sift(documents(rows, near=False), data(near_duplicates=None), Known()))
+    other = where(sift(documents(rows[::-1], near=False), data(near_duplicates=None), Known()))
+    assert other[::-1] == sides
+
+
 def test_a_test_example_of_ones_own_stays_and_what_says_the_same_in_train_goes() -> None:
     rows = [{"text": "a", "source": 0}, {"text": FOX + " again", "source": 0}, {"text": "c", "source": 0}]
     rows += [{"text": "a", "source": 1}, {"text": FOX, "source": 1}]
@@ -112,10 +138,8 @@ def test_a_group_stays_in_one_split() -> None:
 
 
 def known(made: Documents, found: Sifted) -> Known:
-    """What `prepare` would write down."""
-    placed = [(int(made.ids[n]), int(made.groups[n]), side) for n, side in enumerate(where(found)) if side is not None]
-    splits = {id: side for id, _, side in placed} | {group: side for _, group, side in placed if group}
-    return Known(splits, {id: group for id, group, _ in placed if group})
+    """What `prepare` writes down."""
+    return remembered(Known(), made, found, data())
 
 
 def test_what_was_there_before_stays_even_where_new_rows_come_first() -> None:
