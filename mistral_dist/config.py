@@ -81,7 +81,8 @@ class Source(Section):
     columns: dict[str, str] = {}
     """Our column -> the source's column, where they differ, e.g. {text: review, label: stars}."""
     group: str | None = None
-    """A column of the source: rows with the same value (a patient, an author, a document) stay in one split."""
+    """A column of the source: rows with the same value (a patient, an author, a document) stay in one split, those of other
+    sources included; a row without a value stands alone."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -102,8 +103,8 @@ class Data(Section):
     max_length: Count = 2048
     """Capacity of a pack, in tokens; also the longest example that is kept whole."""
     overlong: Literal["drop", "shorten", "error"] = "drop"
-    """An example longer than max_length is dropped and counted; or loses its oldest turns, then the end of its question,
-    never an answer; or is refused. (pretrain: cut into pieces, always.)"""
+    """An example longer than max_length is dropped and counted; or loses its oldest exchanges whole, then the end of its
+    question, never a part of an answer; or is refused. (pretrain: cut into pieces, always.)"""
     html: bool = False
     """Texts are HTML: keep what a reader would see."""
     min_characters: Annotated[int, Field(ge=0)] = 1
@@ -112,7 +113,7 @@ class Data(Section):
     """Longer texts are dropped and counted, before they cost time."""
     bad_rows: Fraction = 0.05
     """The share of rows that may be unreadable or no example: they are counted and kept in quarantine.jsonl; above it
-    `prepare` stops and says what is wrong. Streaming: the training stops, but judges by no fewer than 1,000 rows."""
+    `prepare` stops and says what is wrong. Streaming: the training stops, once 1,000 rows were met."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.8
     """Texts whose Jaccard similarity of word 5-grams is at least this say the same; null: only equal texts do."""
     near_duplicate_policy: Literal["drop", "keep_together"] = "drop"
