@@ -88,6 +88,8 @@ class Source(Section):
     def _one_place(self) -> Self:
         if (self.path is None) == (self.name is None):
             raise ValueError("give either path (files, a folder, a URL) or name (a hub data set)")
+        if self.path is not None and (self.subset is not None or self.streaming):
+            raise ValueError("subset and streaming are a hub data set's (name); files of a path are always read as they come")
         return self
 
 
@@ -138,6 +140,13 @@ class Data(Section):
     def _something_is_left_to_train_on(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1: nothing would be left to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_are_only_read(self) -> Self:
+        for number, source in enumerate(self.benchmarks):
+            if source.into or source.group or source.columns or source.weight != 1:
+                raise ValueError(f"benchmarks.{number}: is only compared with; into, group, columns and weight say nothing there")
         return self
 
 
@@ -371,4 +380,4 @@ def known_fields() -> list[str]:
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             fields += [f"{name}.{inner}" for inner in section.model_fields]
-    return fields + [f"data.sources.0.{inner}" for inner in Source.model_fields]
+    return fields + [f"data.{where}.0.{inner}" for where in ("sources", "benchmarks") for inner in Source.model_fields]

@@ -108,6 +108,11 @@ def test_a_mistake_is_one_line_with_place_and_remedy(recipe: Callable[[str], Pat
         ("train.steps=many", ["override: train.steps", "valid integer", "'many'"]),
         ("version.x=1", ["override version.x", "not a section"]),
         ("train.steps=[", ["not valid YAML"]),
+        ("data.streaming=true", ["train.steps: a stream has no epochs"]),
+        ("data.sources.0.format=alpaca", ["data.sources.0.format: alpaca does not fit task.kind=", "text_label"]),
+        ("data.sources.0.subset=en", ["data.sources.0", "subset and streaming are a hub data set's"]),
+        ("data.benchmarks=[{path: b.jsonl, weight: 2}]", ["data.benchmarks.0: is only compared with"]),
+        ("data.benchmarks=[{pth: b.jsonl}]", ["data.benchmarks.0.pth: no such field", "data.benchmarks.0.path"]),
     ],
 )
 def test_a_wrong_override_says_so(recipe: Callable[[str], Path], override: str, words: list[str]) -> None:
