@@ -200,7 +200,7 @@ def _problem(problem: Any, key: str, known: list[str]) -> str:
         text = str(problem["ctx"]["error"])
         if not key:
             return text  # of the whole recipe: the text names the field
-        return f"{key}.{text}" if re.match(r"\w+: ", text) else f"{key}: {text}"
+        return f"{key}.{text}" if re.match(r"[\w.]+: ", text) else f"{key}: {text}"
     expected = EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
     quote = f'; quote it: "{value}"' if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
     return f"{key}: {expected}, but it is {value!r}{quote}"
