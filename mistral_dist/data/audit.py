@@ -28,7 +28,8 @@ class Audit:
     """Counts rows, and writes those that are left out to a quarantine file."""
 
     def __init__(self, quarantine: Path) -> None:
-        self._file = open(quarantine, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        # a file's name may be no UTF-8, and stands in the places; the escapes are JSON's own
+        self._file = open(quarantine, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - closed by `close`
         self.rows: Counter[int] = Counter()
         self.changed: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()

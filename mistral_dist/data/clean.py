@@ -21,7 +21,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 BLOCKS = "address,article,blockquote,br,dd,div,dl,dt,figcaption,footer,h1,h2,h3,h4,h5,h6,header,hr,li,main,nav,ol,p,pre,section,table,tr,ul"
 """HTML elements that begin a line of their own."""
 BREAK = "\x1e"
-"""Marks where a line ends; no text holds one, since control characters are taken out before."""
+"""Marks where a line ends. Control characters were taken out before; one that an entity spells (`&#30;`) ends a line, too."""
+KEPT = str.maketrans("\n \t\xa0", "\x01\x02\x03\x02")
+"""White space of preformatted text -> marks that outlive the joining of blanks."""
+SHOWN = str.maketrans("\x01\x02\x03", "\n \t")
+"""The marks -> what they stand for."""
 
 
 def tidy(example: Example, data: Data) -> tuple[Example, list[str]]:
@@ -44,7 +48,7 @@ def characters(example: Example) -> int:
 
 
 def repair(text: str) -> str:
-    """Mend encoding, Unicode and white space: NFC, no control characters, no trailing blanks, one blank line at most."""
+    """Mend encoding, Unicode and white space: NFC, no control characters, no trailing blanks, two empty lines at most."""
     return repair_white_space(repair_encoding(text))
 
 
@@ -57,16 +61,16 @@ def repair_encoding(text: str) -> str:
 
 
 def repair_white_space(text: str) -> str:
-    """No blanks at the ends of lines, one empty line at most, none at the beginning and the end."""
+    """No blanks at the ends of lines, two empty lines at most (code has two between functions), none at beginning and end."""
     if "\n" in text:
         text = "\n".join(line.rstrip() for line in text.split("\n"))
-        if "\n\n\n" in text:
-            text = re.sub(r"\n{3,}", "\n\n", text)
+        if "\n\n\n\n" in text:
+            text = re.sub(r"\n{4,}", "\n\n\n", text)
     return text.strip()
 
 
 def html_to_text(text: str) -> str:
-    """What a reader of an HTML page sees, a line for each block."""
+    """What a reader of an HTML page sees: a line for each block; preformatted text with its own lines and indentation."""
     from selectolax.lexbor import LexborHTMLParser
 
     page = LexborHTMLParser(text)
@@ -75,17 +79,19 @@ def html_to_text(text: str) -> str:
     for node in page.css(BLOCKS):
         node.insert_before(BREAK)
         node.insert_after(BREAK)
+    for node in reversed(page.css("pre")):  # one within another comes first, since its text is replaced
+        node.replace_with((node.text() or "").strip("\n").translate(KEPT))
     body = page.body
     shown = body.text() if body is not None else ""
     lines = (" ".join(line.split()) for line in shown.split(BREAK))
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line for line in (line.translate(SHOWN).removesuffix("\n") for line in lines) if line.strip())
 
 
 def _mender(html: bool, changes: list[str]) -> Callable[[str], str]:
     """A function that mends a text and notes what it changed."""
     steps = [("encoding", repair_encoding), ("white_space", repair_white_space)]
     if html:
-        steps.insert(1, ("html", html_to_text))
+        steps[1:1] = [("html", html_to_text), ("encoding", repair_encoding)]  # entities bring control characters back
 
     def mend(text: str) -> str:
         for name, step in steps:

@@ -13,6 +13,8 @@ Message = dict[str, Any]
 """A turn: `role` (system, user, assistant, tool) and `content` (text, may be empty beside tool calls). An assistant's turn
 may have `tool_calls` ([{"id", "type": "function", "function": {"name", "arguments": a JSON text}}]) and `train: false`,
 which makes it context; a tool's turn has `tool_call_id` and, if given, `name`."""
+CONTEXT = "\x1d"
+"""Marks an answer that is context in the content of an example. No word, so that it hides no run of a benchmark's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Row:
     place: str
     """`file:line` for text formats, `file row N` elsewhere."""
     payload: bytes | dict[str, Any]
-    """A line of JSON as it stands in the file, or columns. CSV: cells beyond the header are under the key None."""
+    """A line of JSON as it stands in the file, or columns, which may be null. CSV: cells beyond the header are under the key
+    None, and those that a row lacks are null."""
 
 
 class Rejected(Exception):
@@ -57,16 +60,19 @@ class Example:
     ends: bool = True
     """pretrain: whether the text ends its document; only then does the model learn to stop after it."""
     group: str = ""
-    """What it belongs to: examples of a group stay in one split."""
+    """What it belongs to: examples of a group stay in one split, also where they are of several sources."""
     source: int = 0
     """The source that it came from, by its place in the recipe."""
 
     @property
     def content(self) -> str:
-        """Everything the example says but its label: what makes two examples the same."""
+        """Everything the example says but its label, and which answers are trained: what makes two examples the same."""
         if not self.messages:
             return self.text
-        turns = [f"{turn['role']}\x1f{turn['content']}{canonical(turn.get('tool_calls'))}" for turn in self.messages]
+        turns = [
+            f"{turn['role']}\x1f{turn['content']}{canonical(turn.get('tool_calls'))}{'' if turn.get('train', True) else CONTEXT}"
+            for turn in self.messages
+        ]
         return "\x1e".join([*turns, canonical(self.tools)] if self.tools else turns)
 
     @property

@@ -47,7 +47,7 @@ class FileShard:
         return remote.shown(self.path) if remote.is_remote(self.path) else self.path
 
     def rows(self, start: int = 0) -> Iterator[tuple[int, Row]]:
-        """Rows from a position on, each with the position after it."""
+        """Rows from a position on, each with the position after it; none of an empty file."""
         row = None
         try:
             with self._open() as stream:
@@ -57,8 +57,6 @@ class FileShard:
             last = f"after {row.place}" if row else f"from position {start} on" if start else "from its beginning"
             remedy = "" if isinstance(error, formats.Damaged) else "; mend the file or remove it from data.sources"
             raise DataError(f"{self.name}: cannot be read {last}: {reason(error)}{remedy}") from error
-        if row is None and not start:
-            raise DataError(f"{self.name}: empty; remove it from data.sources or fill it")
 
     def _open(self) -> BinaryIO:
         return remote.open_remote(self.path) if remote.is_remote(self.path) else open(self.path, "rb")
@@ -87,11 +85,27 @@ def shards(source: Source) -> list[Shard]:
 
 
 def read(sources: Iterable[Source]) -> Iterator[tuple[int, Row]]:
-    """All rows of all sources, in order, each with the index of its source."""
+    """All rows of all sources, in order, each with the index of its source.
+
+    An empty file among others is passed over. Raises DataError for a source without any row.
+    """
     for index, source in enumerate(sources):
-        for shard in shards(source):
+        is_empty, parts = True, shards(source)
+        for shard in parts:
             for _, row in shard.rows():
+                is_empty = False
                 yield index, row
+        if is_empty:
+            raise DataError(f"{_name(source, parts)}: empty; remove it from data.sources or fill it")
+
+
+def _name(source: Source, parts: list[Shard]) -> str:
+    """A source as errors name it: by its file where it is one."""
+    if source.path is None:
+        return hub_sets.HubShard(source).name
+    if len(parts) == 1:
+        return parts[0].name
+    return remote.shown(source.path) if remote.is_remote(source.path) else source.path
 
 
 def state(sources: Iterable[Source]) -> dict[str, list[Any]]:

@@ -19,7 +19,9 @@ def data(**fields: object) -> Data:
         ("schÃ¶n", "schön"),
         ("a\x00b", "ab"),
         ("e\u0301", "é"),
-        ("  x  \n\n\n\n y \t\n", "x\n\n y"),
+        ("  x  \n\n\n\n\n y \t\n", "x\n\n\n y"),
+        ("x\n\n\ny\n\nz", "x\n\n\ny\n\nz"),
+        ("x\n \n\t\n \ny", "x\n\n\ny"),
         ("a\r\nb\rc", "a\nb\nc"),
         ("“quoted”", "“quoted”"),
         ("plain", "plain"),
@@ -44,6 +46,30 @@ def test_html_is_what_a_reader_sees() -> None:
     )
     assert html_to_text(page) == "Head\nOne bold word & more.\nfirst\nsecond\nline\nbreak"
     assert html_to_text("no markup, 1 < 2") == "no markup, 1 < 2"
+
+
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        (
+            "<p>Try\nthis:</p><pre><code>\ndef f(x):\n    return x &lt; 1\n\n\n\tpass\n</code></pre>and\n  that",
+            "Try this:\ndef f(x):\n    return x < 1\n\n\n\tpass\nand that",
+        ),
+        ("<pre>\n  a<br>    b<b>c\n d</b></pre>", "  a\n    bc\n d"),
+        ("<div>x<pre>a\n<pre>  b\n\n  c</pre> d</pre></div>", "x\na\n  b\n\n  c\n d"),
+        ("a<pre> \n </pre>b", "a\nb"),
+        ("<pre>a&nbsp;&nbsp;b</pre>", "a  b"),
+    ],
+)
+def test_preformatted_text_keeps_its_lines_and_indentation(page: str, shown: str) -> None:
+    assert "\n".join(line.rstrip() for line in html_to_text(page).split("\n")) == shown
+
+
+def test_control_characters_that_entities_bring_are_taken_out() -> None:
+    text, changes = tidy(Example("f:1", "<p>a&#7;b e&#769; &#31; c&#1;d&#30;e</p>"), data(html=True))
+    assert not any(character < " " and character != "\n" for character in text.text)
+    assert text.text.startswith("ab é")
+    assert changes == ["encoding", "html"]
 
 
 def test_what_was_changed_is_told() -> None:
@@ -83,3 +109,13 @@ def test_an_id_is_of_the_content_alone() -> None:
     other = {**called, "tool_calls": [{"function": {"name": "g", "arguments": "{}"}}]}
     assert Example("a", messages=(called,)).id != Example("a", messages=(other,)).id
     assert Example("a", messages=(called,), tools=({"name": "f"},)).id != Example("a", messages=(called,)).id
+
+
+def test_what_is_trained_tells_examples_apart_but_not_what_is_nearly_the_same() -> None:
+    asked, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    context = {**answer, "train": False}
+    first, second = (Example("a", messages=(asked, one, asked, other)) for one, other in ((answer, context), (context, answer)))
+    whole = Example("a", messages=(asked, answer, asked, answer))
+    assert len({first.id, second.id, whole.id}) == 3
+    assert first.gist == second.gist == whole.gist
+    assert Example("a", messages=(asked, {**answer, "train": True})).id == Example("a", messages=(asked, answer)).id

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mistral_dist.config import Source, Task
 from mistral_dist.data.example import BadRow, Example, Message, Row
-from mistral_dist.data.rows import FOLLOWS, benchmark_texts, in_order, read_example
+from mistral_dist.data.rows import benchmark_texts, read_example
+from mistral_dist.data.shapes import FOLLOWS, in_order
 from mistral_dist.errors import DataError
 
 SPAM = Task(kind="classification", labels=("spam", "ham"))
@@ -19,6 +20,8 @@ U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "1", "tool_call_id": "c1"}
+
+DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def source(**fields: object) -> Source:
@@ -44,6 +47,8 @@ SHAPES: list[tuple[dict[str, Any], list[Message]]] = [
     ),
     ({"messages": [U, {**A, "weight": 0}, U, {**A, "weight": 1}]}, [U, {**A, "train": False}, U, A]),
     ({"messages": [U, {**A, "train": False}, U, {**A, "train": True}]}, [U, {**A, "train": False}, U, A]),
+    ({"messages": [U, {**A, "weight": 0.0}, U, {**A, "weight": 1.0}]}, [U, {**A, "train": False}, U, A]),
+    ({"messages": [U, {**A, "train": None, "weight": None, "tool_calls": None}]}, [U, A]),
     ({"messages": [U, A, U]}, [U, A]),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [U, A]),
     ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [SYSTEM, U, A]),
@@ -58,11 +63,33 @@ SHAPES: list[tuple[dict[str, Any], list[Message]]] = [
         },
         [U, {**CALLING, "tool_calls": [{"type": "function", "function": CALL["function"]}]}, {"role": "tool", "content": "1"}, A],
     ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}', "weight": 0},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "a", "train": True},
+            ]
+        },
+        [
+            U,
+            {**CALLING, "tool_calls": [{"type": "function", "function": CALL["function"]}], "train": False},
+            {"role": "tool", "content": "1"},
+            A,
+        ],
+    ),
     ({"instruction": "i", "input": "", "output": "a"}, [{**U, "content": "i"}, A]),
+    ({"instruction": "i", "input": None, "output": "a", "system": None, "history": None, "tools": None}, [{**U, "content": "i"}, A]),
+    ({"messages": None, "conversations": None, "instruction": "i", "output": "a"}, [{**U, "content": "i"}, A]),
+    ({"instruction": None, "output": "x", "prompt": "q", "completion": "a"}, [U, A]),
     ({"instruction": "i", "input": "x", "output": "a"}, [{**U, "content": "i\n\nx"}, A]),
     ({"instruction": "i", "output": "a", "system": "s", "history": [["q", "a"]]}, [SYSTEM, U, A, {**U, "content": "i"}, A]),
     ({"prompt": "q", "completion": "a"}, [U, A]),
     ({"prompt": [SYSTEM, U], "completion": [A]}, [SYSTEM, U, A]),
+    ({"prompt": "q", "completion": "a", "system": "s"}, [SYSTEM, U, A]),
+    ({"prompt": [U, A, U, {**A, "train": True}, U], "completion": "a"}, [U, {**A, "train": False}, U, {**A, "train": False}, U, A]),
+    ({"prompt": [U], "completion": [A, U, A]}, [U, A, U, A]),
     ({"messages": [U, CALLING, RESULT, A]}, [U, CALLING, RESULT, A]),
 ]
 
@@ -79,6 +106,12 @@ def test_arguments_that_are_an_object_become_their_json() -> None:
     assert example.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": '{"x": "ä"}'}}]
 
 
+def test_a_call_without_arguments_has_none() -> None:
+    for function in ({"name": "f"}, {"name": "f", "arguments": None}):
+        example = read({"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}, RESULT, A]})
+        assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
 @pytest.mark.parametrize("written", [[{"name": "f"}], '[{"name": "f"}]', [{"type": "function", "function": {"name": "f"}}]])
 def test_tools_are_wrapped_and_may_be_a_json_text(written: object) -> None:
     assert read({"messages": [U, A], "tools": written}).tools == ({"type": "function", "function": {"name": "f"}},)
@@ -91,11 +124,24 @@ def test_text_and_label() -> None:
     assert read({"text": "t"}, TEXT).text == "t"
 
 
-def test_columns_are_mapped_and_a_group_is_of_its_source() -> None:
+def test_columns_are_mapped() -> None:
     row = {"review": "t", "stars": "ham", "author": "x"}
     example = read(row, SPAM, columns={"text": "review", "label": "stars"}, group="author")
-    assert (example.text, example.label, example.group) == ("t", "ham", "0:x")
-    assert read_example(Row("f:1", {"text": "t", "author": "x"}), TEXT, source(group="author"), 2).group == "2:x"
+    assert (example.text, example.label, example.group) == ("t", "ham", "x")
+
+
+@pytest.mark.parametrize(("value", "group"), [("x", "x"), (7, "7"), (0, "0"), (None, ""), ("", "")])
+def test_a_group_is_its_value_whatever_the_source(value: object, group: str) -> None:
+    row = Row("f:1", {"text": "t", "author": value})
+    assert {read_example(row, TEXT, source(group="author"), index).group for index in (0, 2)} == {group}
+    assert read({"text": "t"}, TEXT, group="author").group == ""
+
+
+@pytest.mark.parametrize("value", [True, 1.5, ["x"], {"x": 1}])
+def test_a_group_of_another_type_is_refused(value: object) -> None:
+    found = bad({"text": "t", "author": value}, TEXT, group="author")
+    assert found.reason == "bad_group"
+    assert "'author'" in found.because and repr(value) in found.because
 
 
 def test_a_shape_that_was_asked_for_is_taken() -> None:
@@ -114,17 +160,32 @@ def test_a_shape_that_was_asked_for_is_taken() -> None:
         (b"[" * 100_000, TEXT, "not_json", []),
         ({"text": "a\udcff"}, TEXT, "not_utf8", ["character 2"]),
         ({"text": "a", None: ["b"]}, TEXT, "wrong_cells", ["more cells"]),
-        ({"text": None, "label": "ham"}, SPAM, "no_text", ["columns found: label"]),
-        ({"txt": "hi", "label": "ham"}, SPAM, "no_text", ["columns found: txt, label", "data.sources.columns"]),
+        ({"text": None, "label": "ham"}, SPAM, "no_text", ["'text' is empty", "remove the row"]),
+        ({"txt": "hi", "label": "ham"}, SPAM, "no_text", ["no column 'text'", "columns found: txt, label", "data.sources.columns"]),
+        ({"label": "ham", "txt": None}, SPAM, "no_text", ["columns found: label, txt (empty)"]),
         ({"text": 3, "label": "ham"}, SPAM, "no_text", ["must be a text", "3"]),
         ({"text": "hi"}, SPAM, "no_label", ["no label", "spam, ham"]),
-        ({"text": "hi", "label": True}, SPAM, "no_label", []),
+        ({"text": "hi", "label": None}, SPAM, "no_label", ["the label is empty"]),
+        ({"text": "hi", "label": ""}, SPAM, "no_label", ["the label is empty"]),
+        ({"text": "hi", "label": True}, SPAM, "bad_label", ["must be a text or a whole number", "it is True"]),
+        ({"text": "hi", "label": 1.0}, SPAM, "bad_label", ["it is 1.0"]),
+        ({"text": "hi", "label": ["ham"]}, SPAM, "bad_label", ["it is ['ham']"]),
         ({"text": "hi", "label": "egg"}, SPAM, "unknown_label", ["'egg'", "task.labels"]),
         ({"text": "hi"}, CHAT, "no_conversation", ["columns text", "prompt and completion"]),
-        ({"messages": []}, CHAT, "no_messages", []),
+        ({"instruction": "i", "output": None}, CHAT, "no_conversation", ["output (empty)"]),
+        ({"messages": []}, CHAT, "no_messages", ["empty", '"role": "user"']),
+        ({"messages": "hi"}, CHAT, "no_messages", ["list of turns", "'hi'"]),
+        ({"conversations": 3}, CHAT, "no_conversations", ["list of turns", "3", '"from": "human"']),
         ({"messages": [{"role": "human", "content": "hi"}]}, CHAT, "bad_turn", ["turn 1", "human"]),
         ({"messages": [U, {"role": "assistant", "content": 3}]}, CHAT, "bad_turn", ["turn 2", "must be a text"]),
         ({"messages": [U, {**A, "weight": 0.5}]}, CHAT, "bad_turn", ["weight=0.5"]),
+        ({"messages": [U, {**A, "weight": False}]}, CHAT, "bad_turn", ["weight=False"]),
+        ({"messages": [U, {**A, "weight": [0]}]}, CHAT, "bad_turn", ["weight=[0]"]),
+        ({"messages": [U, {**A, "train": 0}]}, CHAT, "bad_turn", ["turn 2", "train=0"]),
+        ({"messages": [U, {**A, "train": "false"}]}, CHAT, "bad_turn", ["train='false'"]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": 0}]}, CHAT, "bad_turn", ["train=0"]),
+        ({"prompt": [U, {**A, "train": 1}, U], "completion": "a"}, CHAT, "bad_turn", ["train=1"]),
+        ({"prompt": [U, A, U], "completion": [3]}, CHAT, "bad_turn", ["turn 4"]),
         ({"messages": [U]}, CHAT, "no_answer", ["no answer to learn from"]),
         ({"messages": [U, {**A, "train": False}]}, CHAT, "no_target", ["switched off"]),
         ({"messages": [A, U, A]}, CHAT, "wrong_role_order", ["turn 1 is of the assistant at the beginning"]),
@@ -134,7 +195,22 @@ def test_a_shape_that_was_asked_for_is_taken() -> None:
         ({"messages": [U, {**A, "content": " \n"}]}, CHAT, "empty_turn", ["turn 2 (assistant)"]),
         ({"messages": [U, {**CALLING, "tool_calls": [{"name": "f"}]}]}, CHAT, "bad_tool_call", ["turn 2"]),
         ({"messages": [U, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, CHAT, "bad_tool_call", ["no JSON"]),
+        ({"messages": [U, {**CALLING, "tool_calls": {"function": {"name": "f"}}}]}, CHAT, "bad_tool_call", ["is a list"]),
+        ({"messages": [U, {**CALLING, "tool_calls": [{**CALL, "id": {"a": 1}}]}]}, CHAT, "bad_turn", ["id must be a text"]),
+        ({"messages": [U, CALLING, {**RESULT, "name": ["f"]}, A]}, CHAT, "bad_turn", ["turn 3", "name must be a text"]),
         ({"messages": [U, A], "tools": "x"}, CHAT, "bad_tools", ["tools"]),
+        ({"messages": [U, A], "tools": DEEP}, CHAT, "bad_tools", []),
+        ({"messages": [U, A], "tools": {"name": "f"}}, CHAT, "bad_tools", ["list of objects"]),
+        ({"messages": [U, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}]}, CHAT, "bad_tool_call", []),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": DEEP}]}, CHAT, "bad_tool_call", []),
+        ({"instruction": "i", "output": "o", "input": {"a": 1}}, CHAT, "bad_input", ["'input'", "{'a': 1}"]),
+        ({"instruction": "i", "output": "o", "input": 0}, CHAT, "bad_input", []),
+        ({"instruction": "i", "output": "o", "system": ["s"]}, CHAT, "bad_system", ["'system'"]),
+        ({"prompt": "i", "completion": "o", "system": 3}, CHAT, "bad_system", []),
+        ({"system": False, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, CHAT, "bad_system", []),
+        ({"instruction": "i", "output": "o", "history": 3}, CHAT, "bad_history", ["found 3"]),
+        ({"instruction": "i", "output": "o", "history": "ab"}, CHAT, "bad_history", ["found 'ab'"]),
+        ({"instruction": "i", "output": "o", "history": ["ab"]}, CHAT, "bad_history", ["found 'ab'"]),
         ({"conversations": [{"from": "alien", "value": "x"}]}, CHAT, "bad_turn", ["turn 1", "human"]),
         ({"prompt": "q", "completion": 1}, CHAT, "no_completion", ["'completion'"]),
     ],
@@ -151,6 +227,42 @@ def test_a_mapped_column_that_is_not_there_is_named_with_those_that_are() -> Non
     assert found.reason == "no_column"
     assert "'body'" in found.because
     assert "there are txt" in found.because
+
+
+def test_a_mapped_column_that_is_null_is_empty_not_missing() -> None:
+    assert bad({"body": None}, TEXT, columns={"text": "body"}).reason == "no_text"
+    example = read({"instruction": "i", "output": "o", "ctx": None}, CHAT, columns={"input": "ctx"})
+    assert example.messages[0]["content"] == "i"
+
+
+LONE = "a\ud800"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [U, A], "more": LONE},
+        {"messages": [U, A], LONE: 1},
+        {"messages": [U, A], "meta": {"deep": [{LONE: 1}]}},
+        {"messages": [{**U, "content": LONE}, A]},
+        {"messages": [U, A], "tools": [{"name": "f", "description": LONE}]},
+        {"messages": [U, A], "tools": json.dumps([{"name": "f", "description": LONE}])},
+        {"messages": [U, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": {"x": LONE}}}]}]},
+        {"messages": [U, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": json.dumps({LONE: 1})}}]}]},
+        {"messages": [U, CALLING, {**RESULT, "tool_call_id": LONE}, A]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps({"name": LONE})}]},
+    ],
+)
+def test_a_lone_surrogate_is_no_utf8_wherever_it_stands(row: dict[str, Any]) -> None:
+    for payload in (row, json.dumps(row).encode(), json.dumps(row).replace("ud800", "uDBFF").encode()):
+        found = bad(payload)
+        assert found.reason == "not_utf8"
+        assert "character 2" in found.because
+        found.because.encode()
+
+
+def test_escapes_that_spell_no_lone_surrogate_are_text() -> None:
+    assert read(b'{"text": "\\ud83d\\ude00 \\\\ud800"}', TEXT).text == "\U0001f600 \\ud800"
 
 
 @given(st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=8))
@@ -170,3 +282,8 @@ def test_a_benchmark_may_have_any_columns() -> None:
     assert benchmark_texts(row) == ["q", "x", "y", "s"]
     with pytest.raises(DataError, match=r"data.benchmarks: b:2: .*mend"):
         benchmark_texts(Row("b:2", b"{"))
+    deep: dict[str, Any] = {"text": "x"}
+    for _ in range(10_000):
+        deep = {"more": deep}
+    with pytest.raises(DataError, match=r"data.benchmarks: b:3: nested too deep"):
+        benchmark_texts(Row("b:3", deep))

@@ -409,6 +409,23 @@ def test_an_empty_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     assert str(tmp_path / name) in refusal(lambda: rows(tmp_path / name))
 
 
+def test_an_empty_file_among_others_is_passed_over(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "c.csv", "d.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    jsonl(tmp_path / "b.jsonl", ROWS)
+    assert [columns for _, columns in rows(tmp_path)] == ROWS
+    assert [len(list(shard.rows())) for shard in shards(source(tmp_path)[0])] == [0, 3, 0, 0]
+
+
+def test_a_folder_of_nothing_but_empty_files_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_bytes(b"")
+    full = jsonl(tmp_path / "full.jsonl", ROWS)
+    assert refusal(lambda: list(read(source(full) + source(folder)))).startswith(f"{folder}: empty")
+
+
 @pytest.mark.parametrize("name", ["f.csv", "f.parquet"])
 def test_a_file_with_columns_and_no_rows_is_refused_by_name(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
