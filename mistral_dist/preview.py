@@ -14,8 +14,7 @@ from rich.text import Text
 
 from mistral_dist.config import Recipe
 from mistral_dist.data import sources
-from mistral_dist.data.cleaner import Cleaner, read_benchmarks
-from mistral_dist.data.duplicates import Benchmark
+from mistral_dist.data.cleaner import Cleaner
 from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.example import BadRow, Example, Rejected, from_record
 from mistral_dist.data.prepared import open_prepared, read_manifest
@@ -67,7 +66,7 @@ def examples_of(recipe: Recipe, encoder: Encoder, count: int, split: str) -> lis
 
 def _of_rows(recipe: Recipe, encoder: Encoder, count: int) -> list[Shown]:
     """The first rows of each source, read and cleaned as `prepare` does it."""
-    cleaner = Cleaner(recipe, encoder, Benchmark(read_benchmarks(recipe)))
+    cleaner = Cleaner.of(recipe, encoder)
     each = -(-count // len(recipe.data.sources))
     rows = [(index, row) for index, source in enumerate(recipe.data.sources) for _, row in islice(sources.read([source]), each)]
     pages: list[Shown] = []

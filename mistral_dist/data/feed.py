@@ -9,8 +9,7 @@ import datasets
 
 from mistral_dist.config import Data, Recipe, digest
 from mistral_dist.data import sources
-from mistral_dist.data.cleaner import Cleaner, read_benchmarks
-from mistral_dist.data.duplicates import Benchmark
+from mistral_dist.data.cleaner import Cleaner
 from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.example import BadRow, from_record
 from mistral_dist.data.lanes import Lanes, Rules, Streamed
@@ -81,7 +80,7 @@ def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> F
         raise DataError("data.sources: none to train on, each has an `into` of its own; add one without")
     lanes = Lanes(
         streamed,
-        BlockReader(Cleaner(recipe, encoder, Benchmark(read_benchmarks(recipe)))),
+        BlockReader(Cleaner.of(recipe, encoder)),
         Rules(train.global_batch_size, data.block, data.max_length, train.seed, data.bad_rows),
         train.steps,
         rank,

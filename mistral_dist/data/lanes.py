@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from mistral_dist.data.cursor import Cursor, LaneState, Place
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.pack import best_fit
+from mistral_dist.data.sources import Shard
 from mistral_dist.data.stream import Ahead, Batch, Drop, Work, background, collate, micro_slots, permutation
 from mistral_dist.errors import DataError
 
@@ -29,17 +30,6 @@ ENOUGH_ROWS = 1000
 
 Examples = tuple[tuple[str, Encoded], ...]
 Total = Callable[[Sequence[float]], list[float]]
-
-
-class Shard(Protocol):
-    """A part of a source that can be opened anywhere, such as a file."""
-
-    @property
-    def name(self) -> str:
-        """What the source calls it."""
-
-    def rows(self, start: int = 0) -> Iterator[tuple[int, Any]]:
-        """Rows from a position on, each with the position after it."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ def _listed(values: Values, column: str, like: str) -> list[Any]:
 
 
 def _of_messages(values: Values) -> list[Message]:
-    return _turns(values, "messages")
+    turns = _system(values)
+    return turns + _turns(values, "messages", len(turns))
 
 
 def _turns(values: Values, column: str, before: int = 0) -> list[Message]:

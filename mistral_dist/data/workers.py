@@ -60,7 +60,7 @@ class Cleaned:
     """What was left out: place, source, reason, because, text; and `bad` where it was no example at all."""
 
 
-def clean(chunk: Chunk, cleaner: Cleaner) -> Cleaned:
+def clean_chunk(chunk: Chunk, cleaner: Cleaner) -> Cleaned:
     """Clean a chunk, and lay out what was found by columns."""
     documents: list[Document] = []
     rejected: list[dict[str, Any]] = []
@@ -112,7 +112,10 @@ def _rejected(row: Row, source: int, reason: Rejected) -> dict[str, Any]:
     payload = row.payload
     if reason.text:
         return entry(row.place, source, reason, reason.text)
-    text = payload[: 4 * SHOWN].decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
+    try:
+        text = payload[: 4 * SHOWN].decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
+    except RecursionError:
+        text = ""
     return entry(row.place, source, reason, text.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -143,10 +146,10 @@ def clean_all(rows: Iterable[tuple[int, Row]], cleaner: Cleaner, benchmark_texts
     """Clean all rows, in order. Raises DataError where a process dies, which is how a full memory shows."""
     waiting = chunks(rows)
     for chunk in islice(waiting, ALONE):
-        yield clean(chunk, cleaner)
+        yield clean_chunk(chunk, cleaner)
     processes = cleaner.recipe.data.workers or len(os.sched_getaffinity(0))
     if processes == 1:
-        yield from (clean(chunk, cleaner) for chunk in waiting)
+        yield from (clean_chunk(chunk, cleaner) for chunk in waiting)
         return
     following = next(waiting, None)
     if following is not None:
@@ -183,4 +186,4 @@ def _start(recipe: str, benchmark_texts: list[str]) -> None:
 
 
 def _work(chunk: Chunk) -> Cleaned:
-    return clean(chunk, _cleaner)
+    return clean_chunk(chunk, _cleaner)

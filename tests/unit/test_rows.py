@@ -50,6 +50,8 @@ SHAPES: list[tuple[dict[str, Any], list[Message]]] = [
     ({"messages": [U, {**A, "weight": 0.0}, U, {**A, "weight": 1.0}]}, [U, {**A, "train": False}, U, A]),
     ({"messages": [U, {**A, "train": None, "weight": None, "tool_calls": None}]}, [U, A]),
     ({"messages": [U, A, U]}, [U, A]),
+    ({"system": "s", "messages": [U, A]}, [SYSTEM, U, A]),
+    ({"system": None, "messages": [SYSTEM, U, A]}, [SYSTEM, U, A]),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [U, A]),
     ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [SYSTEM, U, A]),
     (
