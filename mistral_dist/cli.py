@@ -104,7 +104,7 @@ def preview(
         console.print(as_terminal(pages) if console.is_terminal else Text(as_plain(pages)), soft_wrap=True)
     else:
         write_text(html, as_html(pages, recipe_file.name))
-        say(f"{html}: {len(pages)} examples")
+        say(f"{html}: {len(pages)} example{'s' if len(pages) != 1 else ''}")
 
 
 @app.command(

@@ -80,7 +80,7 @@ class Source(Section):
     """What a row looks like; auto tells it from the columns of each row."""
     columns: dict[str, str] = {}
     """Our column -> the source's column, where they differ, e.g. {text: review, label: stars}."""
-    group: str | None = None
+    group: Annotated[str, Field(min_length=1)] | None = None
     """A column of the source: rows with the same value (a patient, an author, a document) stay in one split, those of other
     sources included; a row without a value stands alone."""
 

@@ -93,16 +93,22 @@ def audit_table(manifest: dict[str, Any], path: Path) -> Table:
         ("repaired", _counted(manifest["changed"])),
         ("examples", ", ".join(f"{count:,} {name}" for name, count in manifest["examples"].items())),
         ("tokens", f"{manifest['tokens']['train']:,} in train, {manifest['targets']['train']:,} of them targets"),
-        (
-            "leakage",
-            _counted({f"{what} on two sides": count for what, count in manifest["leakage"].items() if count}) + " between the splits",
-        ),
+        ("leakage", _leakage(manifest)),
     ]
     plan = manifest.get("plan")
     if plan is not None:
         rows.append(("an epoch", f"{plan['steps_per_epoch']:,} steps, packs {plan['fill']:.1%} full"))
     rows.append(("in", f"{path} (read audit.md before you pay for GPUs; quarantine.jsonl holds what was left out, and why)"))
     return facts(rows)
+
+
+def _leakage(manifest: dict[str, Any]) -> str:
+    found = _counted({f"{what} on two sides": count for what, count in manifest["leakage"].items() if count})
+    return (
+        f"{found} between what is held out; streamed train data are not compared"
+        if manifest["streaming"]
+        else f"{found} between the splits"
+    )
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -18,6 +18,7 @@ from mistral_dist.data.cleaner import Cleaner
 from mistral_dist.data.encode import Encoded, Encoder
 from mistral_dist.data.example import BadRow, Example, Rejected, from_record
 from mistral_dist.data.prepared import open_prepared, read_manifest
+from mistral_dist.data.split import TRAIN
 from mistral_dist.errors import DataError
 
 SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u3000": "□", "\u200b": "⟨ZWSP⟩", "\u200d": "\u200d", "\ufeff": "⟨BOM⟩"}
@@ -49,10 +50,11 @@ class Shown:
 def pages_of(recipe: Recipe, encoder: Encoder, count: int, split: str = "train") -> list[Shown]:
     """The first examples of a split of the prepared data; where there are none yet, what the first rows would become.
 
-    Raises DataError where the split is empty, and where the data were prepared with another recipe.
+    Of a stream, what the first rows become, always. Raises DataError where the split is empty or not made yet, and where the
+    data were prepared with another recipe.
     """
-    if read_manifest(recipe.data_dir) is None:
-        return _of_rows(recipe, encoder, count)
+    if (recipe.data.streaming and split == TRAIN) or read_manifest(recipe.data_dir) is None:
+        return _of_rows(recipe, encoder, count, split)
     return [shown(example, encoder, split) for example in examples_of(recipe, encoder, count, split)]
 
 
@@ -64,17 +66,21 @@ def examples_of(recipe: Recipe, encoder: Encoder, count: int, split: str) -> lis
     return [from_record(records[n]) for n in range(min(count, len(records)))]
 
 
-def _of_rows(recipe: Recipe, encoder: Encoder, count: int) -> list[Shown]:
-    """The first rows of each source, read and cleaned as `prepare` does it."""
+def _of_rows(recipe: Recipe, encoder: Encoder, count: int, split: str) -> list[Shown]:
+    """The first rows of each source, read and cleaned as `prepare` does it; of those that are divided later, for train."""
+    own = [(index, source) for index, source in enumerate(recipe.data.sources) if (source.into or TRAIN) == split]
+    if not own:
+        raise DataError(f"{recipe.data_dir}: not prepared yet, and no source has `into: {split}`; run `mistral-dist prepare` first")
     cleaner = Cleaner.of(recipe, encoder)
-    each = -(-count // len(recipe.data.sources))
-    rows = [(index, row) for index, source in enumerate(recipe.data.sources) for _, row in islice(sources.read([source]), each)]
+    each = -(-count // len(own))
+    rows = [(index, row) for index, source in own for _, row in islice(sources.read([source]), each)]
+    state = "streamed" if recipe.data.streaming else "not prepared yet"
     pages: list[Shown] = []
     for (_, row), found in zip(rows, cleaner.documents(rows), strict=True):
         if isinstance(found, Rejected):
             pages.append(Shown(f"{row.place} · left out: {found}", ()))
         else:
-            pages += [shown(piece.example, encoder, "not prepared yet") for piece in found.pieces]
+            pages += [shown(piece.example, encoder, state) for piece in found.pieces]
     return pages[:count]
 
 

@@ -183,7 +183,8 @@ def explain(error: ValidationError, path: Path, lines: Mapping[str, int], overri
         parts.pop()
     key = ".".join(parts)
     line = next((lines[k] for k in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if k in lines), None)
-    place = "override" if key in overrides else f"{path}:{line}" if line else str(path)
+    is_typed = any(key == typed or key.startswith(f"{typed}.") for typed in overrides)
+    place = "override" if is_typed else f"{path}:{line}" if line else str(path)
     # one mistake often makes several problems in its section; other sections' are others
     others = len({p["loc"][:1] for p in problems} - {first["loc"][:1]})
     more = f" (and {others} more section{'s have' if others > 1 else ' has'} a problem)" if others else ""
@@ -201,6 +202,8 @@ def _problem(problem: Any, key: str, known: list[str]) -> str:
         if not key:
             return text  # of the whole recipe: the text names the field
         return f"{key}.{text}" if re.match(r"[\w.]+: ", text) else f"{key}: {text}"
+    if kind.startswith("model_") and isinstance(value, str) and re.match(r"data\.(sources|benchmarks)\.", key):
+        return f"{key}: is a section of its own; write {{path: {value}}}"
     expected = EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
     quote = f'; quote it: "{value}"' if kind == "string_type" and isinstance(value, (bool, int, float)) else ""
     return f"{key}: {expected}, but it is {value!r}{quote}"
@@ -208,6 +211,7 @@ def _problem(problem: Any, key: str, known: list[str]) -> str:
 
 EXPECTED = {
     "tuple_type": "must be a list",
+    "too_short": "must have an entry",
     "model_type": "must be a section of its own (key: value)",
     "model_attributes_type": "must be a section of its own (key: value)",
     "dict_type": "must be a mapping (key: value)",

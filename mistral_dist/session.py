@@ -168,7 +168,12 @@ class Session:
         step = f"at step {self.progress.step} of {self.steps}"
 
         def note() -> None:
+            nonlocal step
             self.run.sync()
+            quarantine = self.run.path / "quarantine.jsonl"
+            if quarantine.is_file():
+                with open(quarantine, encoding="utf-8") as lines:
+                    step += f"; {sum(1 for _ in lines):,} rows of the stream were left out, see {quarantine}"
             if code == FINISHED:
                 self.run.set_status("finished", code, f"finished {step}", step=self.progress.step)
             else:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mistral_dist.config import Recipe
-from mistral_dist.data.prepared import Prepared
+from mistral_dist.data.prepared import Prepared, is_prepared
 from mistral_dist.data.remote import shown
 from mistral_dist.data.split import SPLITS, TRAIN
 from mistral_dist.data.stream import Plan
@@ -20,6 +20,8 @@ from mistral_dist.errors import DataError
 
 SAMPLES = 3
 """Rows shown for each reason."""
+SHOWN = 4
+"""Reasons named in the line that stops `prepare`."""
 LEAST = 1000
 """Rows after which nothing but bad ones means that the recipe, not the data, is wrong."""
 
@@ -34,6 +36,8 @@ class Audit:
         self.changed: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
+        self.left_out: Counter[int] = Counter()
+        """Rows left out, by source."""
         self.samples: dict[str, list[dict[str, Any]]] = {}
 
     def note(self, rows: Counter[int], changed: Counter[str], rejected: Iterable[dict[str, Any]]) -> None:
@@ -46,6 +50,7 @@ class Audit:
     def drop(self, found: dict[str, Any]) -> None:
         """Count and keep a row that is left out."""
         reason = found["reason"]
+        self.left_out[found["source"]] += 1
         (self.bad if found.get("bad") else self.dropped)[reason] += 1
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES:
@@ -69,7 +74,9 @@ class Audit:
         bad = sum(self.bad.values())
         if bad <= share * self.total or (so_far and (bad < self.total or bad < LEAST)):
             return
-        reasons = "; ".join(self.reasons(min(4, len(self.bad))))
+        reasons = "; ".join(self.reasons(min(SHOWN, len(self.bad))))
+        others = sum(count for _, count in self.bad.most_common()[SHOWN:])
+        reasons += f"; and {others:,} others" if others else ""
         remedy = f"mend them, or raise data.bad_rows; all are in {kept_at}"
         raise DataError(f"data.bad_rows={share:g}: {bad:,} of {self.total:,} rows are no examples: {reasons}; {remedy}")
 
@@ -109,16 +116,24 @@ def _percentiles(values: np.ndarray) -> dict[str, int]:
 def written(manifest: dict[str, Any], samples: dict[str, list[dict[str, Any]]], recipe: Recipe) -> str:
     """The audit as Markdown."""
     kept = sum(manifest["documents"].values())
-    lines = [f"# Data of {recipe.data_dir.name}", "", f"{manifest['rows']:,} rows read, {kept:,} documents kept."]
+    lines = [
+        f"# Data of {recipe.data_dir.name}",
+        "",
+        f"{manifest['rows']:,} rows read, {kept:,} documents kept ({kept / max(1, manifest['rows']):.1%}).",
+    ]
+    lines += [f"For {recipe.model.name}, task {recipe.task.kind}, split with seed {recipe.data.seed}."]
     lines += _sources_table(manifest, recipe)
     lines += _splits_table(manifest)
     lines += _lengths_table(manifest, recipe)
+    lines += _groups(manifest, recipe)
     lines += ["", "## Leakage between the splits", ""]
     lines += [f"- {what}: {count}" for what, count in manifest["leakage"].items()]
+    lines += ["- the streamed train data: not compared; give a stream what cannot be in its test"] if recipe.data.streaming else []
     lines += ["", "## Repaired", "", *([f"- {kind}: {count:,} documents" for kind, count in manifest["changed"].items()] or ["Nothing."])]
     lines += ["", "## Left out", ""]
     left_out = {**manifest["bad"], **manifest["dropped"]}
-    lines += ["All of them, with their reasons, are in quarantine.jsonl." if left_out else "Nothing."]
+    told = "All of them, with their reasons, are in quarantine.jsonl. Those that are no example count towards data.bad_rows."
+    lines += [told if left_out else "Nothing."]
     for reason, count in sorted(left_out.items(), key=lambda item: -item[1]):
         bad = " (no example)" if reason in manifest["bad"] else ""
         lines += ["", f"### {reason}{bad}: {count:,}", ""]
@@ -127,12 +142,25 @@ def written(manifest: dict[str, Any], samples: dict[str, list[dict[str, Any]]], 
 
 
 def _sources_table(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
-    lines = ["", "## Sources", "", "| source | rows | into | weight |", "|---|---:|---|---:|"]
+    lines = ["", "## Sources", "", "| source | rows | left out | into | weight |", "|---|---:|---:|---|---:|"]
     for number, source in enumerate(recipe.data.sources):
         rows = manifest["rows_by_source"].get(str(number), 0)
         name = shown(source.path) if source.path is not None else source.name
-        lines.append(f"| {name} | {rows:,} | {source.into or 'divided'} | {source.weight:g} |")
+        left_out = manifest["left_out_by_source"].get(str(number), 0)
+        into = (source.into or "divided") if is_prepared(source, recipe.data) else "streamed, not read here"
+        lines.append(f"| {name} | {rows:,} | {left_out:,} | {into} | {source.weight:g} |")
+    if recipe.data.benchmarks:
+        found = manifest["benchmark"]
+        lines += ["", f"Compared with {found['compared']:,} of {found['texts']:,} texts of the benchmarks (those of 5 words and more)."]
     return lines
+
+
+def _groups(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    lines = []
+    for number, found in manifest["groups"].items():
+        column = recipe.data.sources[int(number)].group
+        lines.append(f"- source {int(number) + 1}, column `{column}`: {found['documents']:,} documents in {found['groups']:,} groups")
+    return ["", "## Groups", "", *lines] if lines else []
 
 
 def _splits_table(manifest: dict[str, Any]) -> list[str]:

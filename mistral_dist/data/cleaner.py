@@ -57,7 +57,7 @@ class Cleaner:
         content = ""
         try:
             read = read_example(row, self.recipe.task, self.recipe.data.sources[source], source)
-            content = read.content
+            content = read.gist
             example, changes = tidy(read, self.recipe.data)
             self._refuse_benchmark(example)
             return example, changes
@@ -90,7 +90,7 @@ class Cleaner:
 
 def _document(example: Example, changes: list[str], pieces: list[Piece] | Rejected) -> Document | Rejected:
     if isinstance(pieces, Rejected):
-        pieces.text = example.content
+        pieces.text = example.gist
         return pieces
     return Document(example, pieces, changes)
 

@@ -151,10 +151,13 @@ class Benchmark:
     def __init__(self, texts: Iterable[str]) -> None:
         self._runs: set[int] = set()
         self._lengths: set[int] = set()
+        self.texts = self.compared = 0
         for text in texts:
+            self.texts += 1
             words = plain_words(text)
             length = min(RUN, len(words))
             if length >= SHORTEST_RUN:
+                self.compared += 1
                 self._lengths.add(length)
                 self._runs.update(_runs(words, length))
 

@@ -68,6 +68,7 @@ def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[
     spool = Spool(folder / "spool.arrow")
     try:
         gathered = _gather(recipe, encoder, audit, spool, track)
+        groups = _groups(recipe, gathered.documents)
         known = assignments.read(recipe.data_dir, recipe)
         sifted = sift(gathered.documents, recipe.data, known)
         for document, reason, because in sifted.dropped:
@@ -82,7 +83,8 @@ def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[
     facts = _write(folder, gathered, sifted, encoder.fingerprint, track)
     (folder / "spool.arrow").unlink()
     assignments.write(folder, remembered(known, gathered.documents, sifted, recipe.data))
-    manifest = {**_counts(recipe, encoder, audit, seen, sifted), **facts}
+    benchmark = {"texts": gathered.benchmark.texts, "compared": gathered.benchmark.compared}
+    manifest = {**_counts(recipe, encoder, audit, seen, sifted), **facts, "groups": groups, "benchmark": benchmark}
     manifest |= shape(recipe, Prepared(folder, manifest))
     assert audit.total == sum(manifest["documents"].values()) + sum(audit.dropped.values()) + sum(audit.bad.values())
     write_text(folder / "audit.md", written(manifest, audit.samples, recipe))
@@ -93,8 +95,12 @@ def _make(recipe: Recipe, encoder: Encoder, folder: Path, track: Track) -> dict[
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """One preparation of a directory at a time; what a killed one left behind is put right first."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.parent / f".{target.name}.lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DataError(f"data.dir: {target}: cannot be written ({error.strerror}); set data.dir=... to a place that can") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -127,6 +133,7 @@ class Gathered:
 
     documents: Documents
     spool: Spool
+    benchmark: Benchmark
     first_record: np.ndarray
     """int64 [documents + 1]: the records of document d are those from first_record[d] to first_record[d + 1]"""
 
@@ -159,7 +166,22 @@ def _gather(recipe: Recipe, encoder: Encoder, audit: Audit, spool: Spool, track:
     def place(document: int) -> str:
         return _place(spool, first_record, document)[0]
 
-    return Gathered(Documents(**joined, text=text, place=place), spool, first_record)
+    return Gathered(Documents(**joined, text=text, place=place), spool, cleaner.benchmark, first_record)
+
+
+def _groups(recipe: Recipe, documents: Documents) -> dict[str, dict[str, int]]:
+    """How many groups each source has that names a column for them. Raises DataError where no row has a value there: a mistyped
+    column would part what belongs together without a trace."""
+    found = {}
+    for number, source in enumerate(recipe.data.sources):
+        own = documents.groups[documents.sources == number]
+        if source.group is None or not is_prepared(source, recipe.data) or not len(own):
+            continue
+        named = own[own > 0]
+        if not len(named):
+            raise DataError(f"data.sources.{number}.group: no row has a value in the column {source.group!r}; name one that is there")
+        found[str(number)] = {"documents": len(named), "groups": len(np.unique(named))}
+    return found
 
 
 def _rows(recipe: Recipe) -> Iterator[tuple[int, Row]]:
@@ -245,6 +267,8 @@ def _counts(recipe: Recipe, encoder: Encoder, audit: Audit, seen: dict[str, list
         "split": assignments.rule(recipe.data),
         "rows": audit.total,
         "rows_by_source": {str(number): count for number, count in sorted(audit.rows.items())},
+        "left_out_by_source": {str(number): count for number, count in sorted(audit.left_out.items())},
+        "streaming": recipe.data.streaming,
         "changed": dict(sorted(audit.changed.items())),
         "bad": dict(audit.bad.most_common()),
         "dropped": dict(audit.dropped.most_common()),

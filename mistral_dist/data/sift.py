@@ -99,7 +99,7 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     sifter.drop(_between_two_splits(sifter, together))
     splits = _assign(sifter, together)
     sifter.dropped.sort()
-    return Sifted(splits, sifter.dropped, _leakage(documents, splits, near))
+    return Sifted(splits, sifter.dropped, _leakage(documents, splits, near, grouping=any(source.group for source in data.sources)))
 
 
 def _sides(documents: Documents, own: Sequence[str | None], known: Known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -185,12 +185,12 @@ def _families(sifter: _Sifter, members: np.ndarray, together: list[tuple[int, in
     return families
 
 
-def _sides_of(sifter: _Sifter, families: Families, members: np.ndarray) -> dict[int, set[str]]:
-    """Family -> the splits that its members have already."""
-    found: dict[int, set[str]] = {}
+def _sides_of(sifter: _Sifter, families: Families, members: np.ndarray) -> dict[int, dict[str, int]]:
+    """Family -> the splits that its members have already, each with its first member."""
+    found: dict[int, dict[str, int]] = {}
     for document in members.tolist():
         if sifter.sides[document] is not None:
-            found.setdefault(families.of(document), set()).add(sifter.sides[document])
+            found.setdefault(families.of(document), {}).setdefault(sifter.sides[document], document)
     return found
 
 
@@ -201,9 +201,11 @@ def _own_splits_that_touch(sifter: _Sifter, together: list[tuple[int, int]]) -> 
     families = _families(sifter, placed, together, own_groups_only=True)
     sides = _sides_of(sifter, families, placed)
     for document in placed.tolist():
-        best = min(sides[families.of(document)], key=lambda side: RANK[side])
+        touched = sides[families.of(document)]
+        best = min(touched, key=lambda side: RANK[side])
         if sifter.sides[document] != best:
-            yield document, "leaks", f"is in {sifter.sides[document]}, and belongs together with what is in {best}"
+            other = sifter.documents.place(touched[best])
+            yield document, "leaks", f"is in {sifter.sides[document]}, and belongs together with {other} in {best}"
 
 
 def _between_two_splits(sifter: _Sifter, together: list[tuple[int, int]]) -> Iterator[tuple[int, str, str]]:
@@ -211,9 +213,10 @@ def _between_two_splits(sifter: _Sifter, together: list[tuple[int, int]]) -> Ite
     families = _families(sifter, sifter.alive, together)
     sides = _sides_of(sifter, families, sifter.alive)
     for document in sifter.alive.tolist():
-        touched = sides.get(families.of(document), set())
+        touched = sides.get(families.of(document), {})
         if len(touched) > 1 and not sifter.placed[document]:
-            yield document, "between_splits", f"belongs together with what is in {' and in '.join(sorted(touched))}"
+            others = " and ".join(f"{sifter.documents.place(other)} in {side}" for side, other in sorted(touched.items()))
+            yield document, "between_splits", f"belongs together with {others}"
 
 
 def _assign(sifter: _Sifter, together: list[tuple[int, int]]) -> np.ndarray:
@@ -253,11 +256,11 @@ def _stratum(documents: Documents, document: int, data: Data) -> str | None:
     return f"source {source}" if data.stratify == "source" or label < 0 else f"label {label}"
 
 
-def _leakage(documents: Documents, splits: np.ndarray, threshold: float | None) -> dict[str, int]:
+def _leakage(documents: Documents, splits: np.ndarray, threshold: float | None, *, grouping: bool) -> dict[str, int]:
     """Counted on the result, whatever made it."""
     kept = np.flatnonzero(splits != DROPPED)
     found = {"equal": _on_two_sides(documents.ids[kept], splits[kept])}
-    if documents.groups.any():
+    if grouping:
         grouped = kept[documents.groups[kept] > 0]
         found["groups"] = _on_two_sides(documents.groups[grouped], splits[grouped])
     if threshold is not None:

@@ -4,6 +4,7 @@ A chunk's result depends on the chunk alone, and results come in the order of th
 depend on the number of processes. The first chunks are done here, so that small data wait for no process to start.
 """
 
+import json
 import multiprocessing
 import os
 from collections import Counter, deque
@@ -113,8 +114,12 @@ def _rejected(row: Row, source: int, reason: Rejected) -> dict[str, Any]:
     if reason.text:
         return entry(row.place, source, reason, reason.text)
     try:
-        text = payload[: 4 * SHOWN].decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
-    except RecursionError:
+        text = (
+            payload[: 4 * SHOWN].decode("utf-8", "replace")
+            if isinstance(payload, bytes)
+            else json.dumps(payload, ensure_ascii=False, default=str)
+        )
+    except (RecursionError, TypeError):
         text = ""
     return entry(row.place, source, reason, text.encode("utf-8", "replace").decode("utf-8"))
 

@@ -112,6 +112,8 @@ def test_a_mistake_is_one_line_with_place_and_remedy(recipe: Callable[[str], Pat
         ("data.sources.0.format=alpaca", ["data.sources.0.format: alpaca does not fit task.kind=", "text_label"]),
         ("data.sources.0.subset=en", ["data.sources.0", "subset and streaming are a hub data set's"]),
         ("data.benchmarks=[{path: b.jsonl, weight: 2}]", ["data.benchmarks.0: is only compared with"]),
+        ("data.benchmarks=[b.jsonl]", ["override: data.benchmarks.0", "write {path: b.jsonl}"]),
+        ("data.sources=[]", ["override: data.sources: must have an entry"]),
         ("data.benchmarks=[{pth: b.jsonl}]", ["data.benchmarks.0.pth: no such field", "data.benchmarks.0.path"]),
     ],
 )

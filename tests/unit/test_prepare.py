@@ -372,6 +372,22 @@ def test_a_group_that_is_named_later_assigns_all_anew(write_recipe: WriteRecipe,
     assert found.manifest["leakage"] == {"equal": 0, "groups": 0}
 
 
+def test_a_group_that_no_row_has_is_refused(write_recipe: WriteRecipe, prepared: Make, texts: list[dict[str, str]]) -> None:
+    rows = [{**row, "author": n % 30} for n, row in enumerate(texts[:100])]
+    path = write_recipe(rows=rows)
+    source = {"path": str(path.parent / "small.jsonl"), "group": "autor"}
+    line = refusal(lambda: prepared(write_recipe(rows=rows, data={"sources": [source]})))
+    assert "data.sources.0.group: no row has a value in the column 'autor'" in line
+    _, found = prepared(write_recipe(rows=rows, data={"sources": [{**source, "group": "author"}]}))
+    assert found.manifest["groups"] == {"0": {"documents": 100, "groups": 30}}
+    assert "column `author`: 100 documents in 30 groups" in (found.path / "audit.md").read_text()
+
+
+def test_a_directory_that_cannot_be_written_says_so(write_recipe: WriteRecipe, prepared: Make) -> None:
+    path = write_recipe()
+    assert "cannot be written" in refusal(lambda: prepared(path, "data.dir=/proc/nothing"))
+
+
 def test_a_group_is_one_across_sources(write_recipe: WriteRecipe, prepared: Make, tmp_path: Path, texts: list[dict[str, str]]) -> None:
     """Train and test of the user's own share their patients: what is in train goes."""
     for name, rows in {"train": texts[:100], "test": texts[100:140]}.items():
@@ -380,7 +396,7 @@ def test_a_group_is_one_across_sources(write_recipe: WriteRecipe, prepared: Make
     sources = [{"path": str(tmp_path / f"{name}.jsonl"), "into": name, "group": "patient"} for name in ("train", "test")]
     found = refusal(lambda: prepared(write_recipe(data={"sources": sources})))
     assert "the train split is empty: 140 rows read, 40 kept, left out: 100 leaks" in found
-    assert "is in train, and belongs together with what is in test" in found
+    assert f"is in train, and belongs together with {tmp_path}/test.jsonl:1 in test" in found
 
 
 def test_more_sources_in_front_move_no_old_row(
@@ -659,6 +675,7 @@ def test_what_a_benchmark_asks_is_not_trained_on(
     _, found = prepared(write_recipe(rows=rows, data={"benchmarks": [{"path": str(tmp_path / "bench.jsonl")}]}))
     (entry,) = quarantine(found)
     assert (entry["reason"], entry["place"].rpartition(":")[2]) == ("in_benchmark", "51")
+    assert "Compared with 1 of 2 texts of the benchmarks" in (found.path / "audit.md").read_text()
     assert "which of the seven seas" in entry["because"]
 
 
@@ -736,3 +753,6 @@ def test_a_stream_prepares_what_it_is_tested_on(
     path = write_recipe(rows=texts[20:], data={"sources": sources, "streaming": True}, train={"steps": 3})
     _, found = prepared(path)
     assert found.manifest["examples"] == {"train": 0, "validation": 0, "test": 20}
+    audit = (found.path / "audit.md").read_text()
+    assert "the streamed train data: not compared" in audit
+    assert "streamed, not read here" in audit

@@ -18,6 +18,7 @@ from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.example import BadRow, Example
 from mistral_dist.data.mistral_format import MistralFormat
 from mistral_dist.data.prepare import prepare
+from mistral_dist.errors import DataError
 from mistral_dist.preview import Shown, Span, as_html, as_terminal, as_text, examples_of, pages_of, shown, spans_of, visible
 from tests.unit.test_mistral_format import CALLED, DATA, FILES, ODD, RESULT, SYSTEM, WEATHER, FakeTokenizer, assistant, user
 
@@ -176,6 +177,19 @@ def test_rows_that_are_not_prepared_are_shown_as_they_would_be(write_recipe: Any
     assert "small.jsonl:2 · left out: unknown_label: label 'what' is not one of numpy" in second.title
     assert "small.jsonl:3 · not prepared yet" in third.title
     assert len(pages_of(recipe, load_encoder(recipe), 2)) == 2
+    with pytest.raises(DataError, match="no source has `into: test`; run `mistral-dist prepare` first"):
+        pages_of(recipe, load_encoder(recipe), 2, "test")
+
+
+def test_rows_of_a_split_of_ones_own_and_of_a_stream_are_shown(write_recipe: Any, tmp_path: Path, texts: list[dict[str, str]]) -> None:
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts[:9]))
+    sources = [{"path": str(tmp_path / "small.jsonl")}, {"path": str(tmp_path / "own.jsonl"), "into": "test"}]
+    recipe = Recipe.load(write_recipe(rows=texts[9:], data={"sources": sources, "streaming": True}, train={"steps": 2}))
+    encoder = load_encoder(recipe)
+    assert "own.jsonl:1 · " in pages_of(recipe, encoder, 1, "test")[0].title
+    prepare(recipe, encoder)
+    assert "small.jsonl:1 · streamed · " in pages_of(recipe, encoder, 1, "train")[0].title
+    assert "own.jsonl:" in pages_of(recipe, encoder, 1, "test")[0].title
 
 
 def test_the_command_shows_and_writes(write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from mistral_dist.config import Data
 from mistral_dist.data.assignments import Known
 from mistral_dist.data.duplicates import PERMUTATIONS, sketch
 from mistral_dist.data.example import Example
-from mistral_dist.data.sift import Documents, Sifted, remembered, sift
+from mistral_dist.data.sift import Documents, Sifted, _leakage, remembered, sift
 from mistral_dist.data.split import SPLITS
 from mistral_dist.data.workers import group_id
 
@@ -120,12 +120,10 @@ def test_near_duplicates_can_stay_together_instead() -> None:
 
 def test_leakage_is_seen_where_there_is_some() -> None:
     """The same documents, parted by a split that knows nothing of near-duplicates or groups."""
-    from mistral_dist.data.sift import _leakage
-
     rows = [{"text": FOX, "group": "g"}, {"text": FOX + " again", "group": "g"}, {"text": "other", "group": "h"}, {"text": "other"}]
     made = documents(rows)
-    assert _leakage(made, np.array([0, 1, 0, 2], np.int8), 0.8) == {"equal": 1, "groups": 1, "near": 2}
-    assert _leakage(made, np.array([0, 0, 2, 2], np.int8), 0.8) == {"equal": 0, "groups": 0, "near": 0}
+    assert _leakage(made, np.array([0, 1, 0, 2], np.int8), 0.8, grouping=True) == {"equal": 1, "groups": 1, "near": 2}
+    assert _leakage(made, np.array([0, 0, 2, 2], np.int8), 0.8, grouping=True) == {"equal": 0, "groups": 0, "near": 0}
 
 
 def test_a_group_stays_in_one_split() -> None:
@@ -134,7 +132,7 @@ def test_a_group_stays_in_one_split() -> None:
     sides = {n: {side for row, side in zip(rows, where(found), strict=True) if row["group"] == f"patient {n}"} for n in range(40)}
     assert all(len(side) == 1 for side in sides.values())
     assert Counter(next(iter(side)) for side in sides.values()) == {"train": 32, "validation": 4, "test": 4}
-    assert found.leakage["groups"] == 0
+    assert _leakage(documents(rows, near=False), found.splits, None, grouping=True) == {"equal": 0, "groups": 0}
 
 
 def known(made: Documents, found: Sifted) -> Known:
@@ -160,7 +158,7 @@ def test_a_new_row_near_both_sides_is_left_out() -> None:
     found = sift(documents(rows), data(near_duplicate_policy="keep_together"), places)
     assert reasons(found) == {2: "between_splits", 3: "between_splits"}
     assert where(found)[:2] == ["train", "test"]
-    assert found.dropped[0][2] == "belongs together with what is in test and in train"
+    assert found.dropped[0][2] == "belongs together with f:1 in test and f:0 in train"
 
 
 def test_a_copy_that_is_dropped_leaves_its_group_to_the_one_that_stays() -> None:
