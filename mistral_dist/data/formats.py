@@ -298,8 +298,10 @@ def _parquet(stream: BinaryIO, name: str, start: int) -> Rows:
 
 READERS: dict[str, Reader] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
     ".txt": _text_lines,
     ".md": _document,

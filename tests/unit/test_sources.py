@@ -531,3 +531,10 @@ def test_the_state_changes_when_a_file_does(tmp_path: Path) -> None:
 def test_the_state_survives_a_manifest(tmp_path: Path) -> None:
     found = state(source(jsonl(tmp_path / "a.jsonl", ROWS)))
     assert json.loads(json.dumps(found)) == found
+
+
+def test_other_endings_of_the_same_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson").write_text('{"text": "one"}\n')
+    (tmp_path / "b.tsv").write_text("text\tlabel\ntwo, or so\tx\n")
+    found = [row.payload for _, row in read([Source(path=str(tmp_path))])]
+    assert found == [b'{"text": "one"}', {"text": "two, or so", "label": "x"}]
