@@ -311,3 +311,16 @@ def test_the_exit_codes_are_those_of_the_contract() -> None:
         "CheckpointError": 1,
         "TrainingError": 1,
     }
+
+
+def test_the_recipe_in_the_chapter_on_data_is_one() -> None:
+    """The YAML of docs/data.md, put into a recipe."""
+    import yaml
+
+    from mistral_dist.config import Data
+
+    text = (ROOT / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    data = Data.model_validate(yaml.safe_load(block)["data"])
+    assert len(data.sources) == 4
+    assert data.benchmarks
