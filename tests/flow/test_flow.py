@@ -19,6 +19,9 @@ base_path, adapter, test, labels, prompt, system = sys.argv[1:]
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
 base = AutoModelForCausalLM.from_pretrained(base_path, quantization_config=nf4, dtype=torch.float32)
 model = PeftModel.from_pretrained(base, adapter).eval()
+for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes computes in bfloat16, whatever was asked for: scores move by 1e-2
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 labels = labels.split(",")
 for line in open(test):
