@@ -71,7 +71,7 @@ class Spool:
         self._reader: Any = None
         self._starts = np.zeros(1, np.int64)
         self._lengths: list[int] = []
-        self._last: tuple[int, Any] = (-1, None)
+        self._columns: dict[tuple[int, str], Any] = {}
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append a batch."""
@@ -92,7 +92,12 @@ class Spool:
     def record(self, number: int, names: Sequence[str] = tuple(SCHEMA.names)) -> dict[str, Any]:
         """One record, or some columns of it."""
         batch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        if self._last[0] != batch:
-            self._last = (batch, self._reader.get_batch(batch))
         row = number - int(self._starts[batch])
-        return {name: self._last[1].column(name)[row].as_py() for name in names}
+        return {name: self._column(batch, name)[row].as_py() for name in names}
+
+    def _column(self, batch: int, name: str) -> Any:
+        """A column of a batch. Kept: it lies in the mapped file, and to open it again for each record takes 15 us."""
+        found = self._columns.get((batch, name))
+        if found is None:
+            found = self._columns[batch, name] = self._reader.get_batch(batch).column(name)
+        return found

@@ -74,11 +74,12 @@ class _Sifter:
     stand_ins: list[tuple[int, int]] = field(default_factory=list)
     """(document, one that says the same and was dropped): the groups of the one are also the other's"""
 
-    def drop(self, members: Iterable[tuple[int, str, str]]) -> None:
-        """Take documents out."""
+    def drop(self, members: Iterable[tuple[int, str, str]]) -> int:
+        """Take documents out; return how many."""
         found = list(members)
         self.dropped += found
         self.alive = self.alive[~np.isin(self.alive, [document for document, _, _ in found])]
+        return len(found)
 
 
 def sift(documents: Documents, data: Data, known: Known) -> Sifted:
@@ -91,7 +92,9 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     sifter.drop(_repetitions(sifter))
     near = data.near_duplicates if len(documents) and documents.sketches.shape[1] else None
     if near is not None and data.near_duplicate_policy == "drop":
-        sifter.drop(_near_repetitions(sifter, near))
+        # of a long run each is compared with the first; where that went, a second look finds those that were near it
+        while sifter.drop(_near_repetitions(sifter, near)):
+            pass
     together: list[tuple[int, int]] = []
     if near is not None and data.near_duplicate_policy == "keep_together":
         together = list(near_pairs(documents.sketches, sifter.alive, near, documents.text))
