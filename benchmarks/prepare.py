@@ -3,7 +3,7 @@
     python benchmarks/prepare.py [--rows 1000000] [--workers 1]
 
 Prints rows per second and core, the peak of resident memory over all processes, and what was found. The rows are built
-from a fixed seed; the tokenizer is the demo's.
+from a fixed seed; the tokenizer is the demo's, with a system turn of the task's own, as in the demo's recipe.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> None:
             json.dumps(
                 {
                     "version": 1,
-                    "task": {"kind": "classification", "labels": ["yes", "no"], "prompt": "{text}"},
+                    "task": {"kind": "classification", "labels": ["yes", "no"], "prompt": "{text}", "system": "Judge."},
                     "data": {"sources": [{"path": str(file)}], "dir": f"{folder}/data", "workers": choice.workers, "max_length": 512},
                     "model": {"name": "demo", "path": str(make_model())},
                 }
