@@ -76,16 +76,27 @@ def candidates(sketches: np.ndarray, members: np.ndarray, threshold: float) -> I
 
 def _pairs(sketches: np.ndarray, members: np.ndarray, band: int, least: float) -> np.ndarray:
     """(later, earlier) of documents whose first equal band this is and whose estimate reaches `least`; int64 [pairs, 2]."""
-    values = np.ascontiguousarray(sketches[members, band : band + BAND]).view(np.dtype((np.void, 4 * BAND)))[:, 0]
-    _, run, count = np.unique(values, return_inverse=True, return_counts=True)
-    order = np.argsort(run, kind="stable")
-    few = order[(count[run] > 1)[order] & (count[run] <= ALL_PAIRS)[order]]
+    keys = _keys(sketches[members, band : band + BAND])
+    order = np.argsort(keys, kind="stable")
+    begins = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+    counts = np.diff(begins, append=len(keys))
+    run, count = np.repeat(np.arange(len(begins)), counts), np.repeat(counts, counts)
+    few = (count > 1) & (count <= ALL_PAIRS)
     found = [np.empty((0, 2), np.int64)]
-    for pairs in _all_pairs(few, run[few]):
+    for pairs in _all_pairs(order[few], run[few]):
         found += [near[0] for near in _near(pairs, sketches, members, band, least)]
-    for number in np.flatnonzero(count > ALL_PAIRS):
-        found += _by_kind(np.flatnonzero(run == number), sketches, members, band, least)
+    for number in np.flatnonzero(counts > ALL_PAIRS):
+        found += _by_kind(order[begins[number] : begins[number] + counts[number]], sketches, members, band, least)
     return np.concatenate(found)
+
+
+def _keys(values: np.ndarray) -> np.ndarray:
+    """One number for each band, uint64 [documents], in a sixth of the time that sorting its 16 bytes takes.
+
+    Different bands may have one key: that makes more candidates, and `_near` compares the bands.
+    """
+    halves = np.ascontiguousarray(values).view(np.uint64)
+    return halves[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ halves[:, 1]
 
 
 def _all_pairs(order: np.ndarray, run: np.ndarray) -> Iterator[np.ndarray]:
@@ -115,7 +126,7 @@ def _near(pairs: np.ndarray, sketches: np.ndarray, members: np.ndarray, band: in
         equal = sketches[members[block[:, 0]]] == sketches[members[block[:, 1]]]
         near = equal.mean(1) >= least
         before = equal[:, :band].reshape(len(block), band // BAND, BAND).all(2).any(1)
-        yield block[near & ~before], near
+        yield block[near & equal[:, band : band + BAND].all(1) & ~before], near
 
 
 def superfluous(
