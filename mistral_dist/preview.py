@@ -73,7 +73,7 @@ def _of_rows(recipe: Recipe, encoder: Encoder, count: int, split: str) -> list[S
         raise DataError(f"{recipe.data_dir}: not prepared yet, and no source has `into: {split}`; run `mistral-dist prepare` first")
     cleaner = Cleaner.of(recipe, encoder)
     each = -(-count // len(own))
-    rows = [(index, row) for index, source in own for _, row in islice(sources.read([source]), each)]
+    rows = [(index, row) for index, source in own for row in islice(sources.read(source), each)]
     state = "streamed" if recipe.data.streaming else "not prepared yet"
     pages: list[Shown] = []
     for (_, row), found in zip(rows, cleaner.documents(rows), strict=True):

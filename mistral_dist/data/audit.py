@@ -97,11 +97,11 @@ def shape(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         weights = prepared.weights(TRAIN, recipe.data.sources)
         batch, capacity = recipe.train.global_batch_size, recipe.data.max_length
         plan = Plan(tokens, capacity=capacity, seed=recipe.train.seed, epochs=1, global_batch_size=batch, weights=weights)
-        shown = sum(int(tokens[plan.pack(number)].sum()) for number in range(plan.packs))
+        packed = sum(int(tokens[plan.pack(number)].sum()) for number in range(plan.packs))
         found["plan"] = {
             "packs_per_epoch": plan.packs,
             "steps_per_epoch": plan.steps,
-            "fill": round(shown / max(1, plan.packs * capacity), 4),
+            "fill": round(packed / max(1, plan.packs * capacity), 4),
         }
     return found
 
@@ -166,8 +166,8 @@ def _groups(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
 def _splits_table(manifest: dict[str, Any]) -> list[str]:
     lines = ["", "## Splits", "", "| | " + " | ".join(SPLITS) + " |", "|---|" + "---:|" * len(SPLITS)]
     total = max(1, sum(manifest["documents"].values()))
-    shown = (f"{manifest['documents'][name]:,} ({manifest['documents'][name] / total:.1%})" for name in SPLITS)
-    lines.append("| documents | " + " | ".join(shown) + " |")
+    shares = (f"{manifest['documents'][name]:,} ({manifest['documents'][name] / total:.1%})" for name in SPLITS)
+    lines.append("| documents | " + " | ".join(shares) + " |")
     for what in ("examples", "tokens", "targets"):
         lines.append(f"| {what} | " + " | ".join(f"{manifest[what][name]:,}" for name in SPLITS) + " |")
     labels = sorted({label for name in SPLITS for label in manifest["labels"][name]})

@@ -105,4 +105,4 @@ def _unreadable(error: Exception, text: str = "") -> BadRow:
 
 def read_benchmarks(recipe: Recipe) -> list[str]:
     """The texts of the recipe's benchmarks. Raises DataError where one cannot be read."""
-    return [text for _, row in sources.read(recipe.data.benchmarks) for text in benchmark_texts(row)]
+    return [text for source in recipe.data.benchmarks for row in sources.read(source) for text in benchmark_texts(row)]

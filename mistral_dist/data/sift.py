@@ -1,11 +1,12 @@
 """Which documents stay, and in which split: duplicates, contradictions, families, leakage.
 
-Decided on a few columns that fit into memory at any size (some 600 bytes a document, 512 of them its sketch); texts are
+Decided on a few columns that fit into memory at any size (some 550 bytes a document, 512 of them its sketch); texts are
 looked at only where two documents may be near-duplicates.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -68,11 +69,30 @@ class _Sifter:
     """bool [documents]: whether it is the document's own: it is not new"""
     rank: np.ndarray
     """int8 [documents]: the lower stays where two say the same"""
-    alive: np.ndarray = field(init=False)
+    alive: np.ndarray
     """int64: the documents that are still in, in the order of who stays"""
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     stand_ins: list[tuple[int, int]] = field(default_factory=list)
     """(document, one that says the same and was dropped): the groups of the one are also the other's"""
+
+    @classmethod
+    def of(cls, documents: Documents, data: Data, known: Known) -> Self:
+        """All documents, each with the place that it or its group has already."""
+        own = [source.into for source in data.sources]
+        sides = np.array([own[source] for source in documents.sources.tolist()], dtype=object)
+        rank = np.array([RANK[side] for side in sides.tolist()], dtype=np.int8)
+        placed = np.array([side is not None for side in sides.tolist()], dtype=bool)
+        if known.splits:
+            for document, (id, group) in enumerate(zip(documents.ids.tolist(), documents.groups.tolist(), strict=True)):
+                if sides[document] is not None:
+                    continue
+                if id in known.splits and known.groups.get(id, 0) == group:
+                    sides[document], placed[document], rank[document] = known.splits[id], True, KNOWN_BEFORE
+                else:
+                    rank[document] = IN_ANOTHER_GROUP if id in known.splits else NEW
+                    # new, or of another group than before: then the group decides
+                    sides[document] = (known.splits.get(group) if group else None) or known.splits.get(id)
+        return cls(documents, data, sides, placed, rank, alive=np.lexsort((np.arange(len(documents)), rank)))
 
     def drop(self, members: Iterable[tuple[int, str, str]]) -> int:
         """Take documents out; return how many."""
@@ -84,10 +104,7 @@ class _Sifter:
 
 def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     """Drop what says the same or contradicts itself, and give the rest to the splits; what was assigned before is kept."""
-    own = [source.into for source in data.sources]
-    sides, priority, placed = _sides(documents, own, known)
-    sifter = _Sifter(documents, data, sides, placed, priority)
-    sifter.alive = np.lexsort((np.arange(len(documents)), priority))
+    sifter = _Sifter.of(documents, data, known)
     sifter.drop(_contradictions(sifter))
     sifter.drop(_repetitions(sifter))
     near = data.near_duplicates if len(documents) and documents.sketches.shape[1] else None
@@ -103,24 +120,6 @@ def sift(documents: Documents, data: Data, known: Known) -> Sifted:
     splits = _assign(sifter, together)
     sifter.dropped.sort()
     return Sifted(splits, sifter.dropped, _leakage(documents, splits, near, grouping=any(source.group for source in data.sources)))
-
-
-def _sides(documents: Documents, own: Sequence[str | None], known: Known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each document the split that it or its group has already, its rank among those that say the same, and whether it is not new."""
-    sides = np.array([own[source] for source in documents.sources.tolist()], dtype=object)
-    priority = np.array([RANK[side] for side in sides.tolist()], dtype=np.int8)
-    placed = np.array([side is not None for side in sides.tolist()], dtype=bool)
-    if known.splits:
-        for document, (id, group) in enumerate(zip(documents.ids.tolist(), documents.groups.tolist(), strict=True)):
-            if sides[document] is not None:
-                continue
-            if id in known.splits and known.groups.get(id, 0) == group:
-                sides[document], placed[document], priority[document] = known.splits[id], True, KNOWN_BEFORE
-            else:
-                priority[document] = IN_ANOTHER_GROUP if id in known.splits else NEW
-                # new, or of another group than before: then the group decides
-                sides[document] = (known.splits.get(group) if group else None) or known.splits.get(id)
-    return sides, priority, placed
 
 
 def _contradictions(sifter: _Sifter) -> Iterator[tuple[int, str, str]]:
@@ -260,7 +259,7 @@ def _stratum(documents: Documents, document: int, data: Data) -> str | None:
 
 
 def _leakage(documents: Documents, splits: np.ndarray, threshold: float | None, *, grouping: bool) -> dict[str, int]:
-    """Counted on the result, whatever made it."""
+    """Counted on the result: none is taken on trust from what made the splits."""
     kept = np.flatnonzero(splits != DROPPED)
     found = {"equal": _on_two_sides(documents.ids[kept], splits[kept])}
     if grouping:

@@ -84,19 +84,15 @@ def shards(source: Source) -> list[Shard]:
     return [FileShard(file) for file in _files(source.path)]
 
 
-def read(sources: Iterable[Source]) -> Iterator[tuple[int, Row]]:
-    """All rows of all sources, in order, each with the index of its source.
-
-    An empty file among others is passed over. Raises DataError for a source without any row.
-    """
-    for index, source in enumerate(sources):
-        is_empty, parts = True, shards(source)
-        for shard in parts:
-            for _, row in shard.rows():
-                is_empty = False
-                yield index, row
-        if is_empty:
-            raise DataError(f"{_name(source, parts)}: empty; remove it from data.sources or fill it")
+def read(source: Source) -> Iterator[Row]:
+    """All rows of a source, in order. An empty file among others is passed over. Raises DataError where there is no row at all."""
+    is_empty, parts = True, shards(source)
+    for shard in parts:
+        for _, row in shard.rows():
+            is_empty = False
+            yield row
+    if is_empty:
+        raise DataError(f"{_name(source, parts)}: empty; remove it from data.sources or fill it")
 
 
 def _name(source: Source, parts: list[Shard]) -> str:

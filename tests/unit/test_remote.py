@@ -145,7 +145,7 @@ def values(row: Row) -> dict[str, Any]:
 
 
 def rows(url: str) -> list[dict[str, Any]]:
-    return [values(row) for _, row in read((Source(path=url),))]
+    return [values(row) for row in read(Source(path=url))]
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -162,7 +162,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 def test_rows_come_in_order_with_their_places(server: Server) -> None:
     url = server.url("f.jsonl")
-    assert [(row.place, values(row)) for _, row in read((Source(path=url),))] == [(f"{url}:{n}", row) for n, row in enumerate(ROWS, 1)]
+    assert [(row.place, values(row)) for row in read(Source(path=url))] == [(f"{url}:{n}", row) for n, row in enumerate(ROWS, 1)]
     assert server.asked == [("f.jsonl", "bytes=0-0"), ("f.jsonl", "bytes=0-")]
 
 
@@ -215,7 +215,7 @@ def test_the_format_is_told_from_the_path_and_checked_without_a_network() -> Non
 
 
 def test_a_signature_in_a_url_is_sent_and_never_shown(server: Server) -> None:
-    ((place, _), *_) = [(row.place, row) for _, row in read((Source(path=server.url("f.jsonl?X-Amz-Signature=secret")),))]
+    ((place, _), *_) = [(row.place, row) for row in read(Source(path=server.url("f.jsonl?X-Amz-Signature=secret")))]
     assert place == server.url("f.jsonl:1")
     server.always = "status:403"
     assert "secret" not in refusal(lambda: rows(server.url("f.jsonl?X-Amz-Signature=secret")))

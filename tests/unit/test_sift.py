@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from mistral_dist.config import Data
 from mistral_dist.data.assignments import Known
+from mistral_dist.data.columns import group_id
 from mistral_dist.data.duplicates import PERMUTATIONS, sketch
 from mistral_dist.data.example import Example
 from mistral_dist.data.sift import Documents, Sifted, _leakage, remembered, sift
 from mistral_dist.data.split import SPLITS
-from mistral_dist.data.workers import group_id
 
 FOX = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wide green wood today"
 

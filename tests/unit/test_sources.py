@@ -35,8 +35,8 @@ def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def source(path: Path, **columns: str) -> tuple[Source]:
-    return (Source(path=str(path), columns=columns),)
+def source(path: Path, **columns: str) -> Source:
+    return Source(path=str(path), columns=columns)
 
 
 def values(row: Row) -> dict[str, Any]:
@@ -45,11 +45,11 @@ def values(row: Row) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(row.place, values(row)) for _, row in read(source(path))]
+    return [(row.place, values(row)) for row in read(source(path))]
 
 
 def raw(path: Path) -> list[bytes | dict[str, Any]]:
-    return [row.payload for _, row in read(source(path))]
+    return [row.payload for row in read(source(path))]
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -168,12 +168,6 @@ def test_files_of_a_folder_may_have_different_columns(tmp_path: Path) -> None:
     assert [columns for _, columns in rows(tmp_path)] == [{"text": "1", "more": 1}, {"text": "2"}]
 
 
-def test_sources_are_read_in_their_order(tmp_path: Path) -> None:
-    files = [jsonl(tmp_path / name, [{"text": name}]) for name in ("b.jsonl", "a.jsonl")]
-    found = [(index, values(row)["text"]) for index, row in read(source(files[0]) + source(files[1]))]
-    assert found == [(0, "b.jsonl"), (1, "a.jsonl")]
-
-
 def test_a_pattern_stands_for_the_files_that_fit(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.txt", ".hidden.jsonl", "d/e.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -181,7 +175,7 @@ def test_a_pattern_stands_for_the_files_that_fit(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl.pdf").write_bytes(b"no data")
     assert [columns["text"] for _, columns in rows(tmp_path / "*.jsonl*")] == ["a.jsonl", "b.jsonl"]
     assert [columns["text"] for _, columns in rows(tmp_path / "**" / "*.jsonl")] == ["a.jsonl", "b.jsonl", "d/e.jsonl"]
-    assert "no file fits" in refusal(lambda: check(source(tmp_path / "*.parquet")))
+    assert "no file fits" in refusal(lambda: check([source(tmp_path / "*.parquet")]))
 
 
 @pytest.mark.parametrize("given", ["in", "in/**/*.jsonl", "file://in", "file://in/**/*.jsonl"])
@@ -192,7 +186,7 @@ def test_prepared_data_and_hidden_files_in_a_folder_are_no_source(tmp_path: Path
         jsonl(folder / name, [{"text": name}])
     (folder / "data" / "manifest.json").write_text("{}")
     path = given.replace("in", str(folder), 1)
-    found = [values(row)["text"] for _, row in read((Source(path=path),))]
+    found = [values(row)["text"] for row in read(Source(path=path))]
     assert found == ["a.jsonl"]
 
 
@@ -202,7 +196,7 @@ def test_prepared_data_and_hidden_files_in_a_folder_are_no_source(tmp_path: Path
 def test_columns_keep_their_names_and_lines_of_json_their_bytes(tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
     file.write_bytes(b' {"review": "good", "stars": 5}\r\n')
-    assert [row.payload for _, row in read(source(file, text="review"))] == [b' {"review": "good", "stars": 5}']
+    assert [row.payload for row in read(source(file, text="review"))] == [b' {"review": "good", "stars": 5}']
 
 
 @pytest.mark.parametrize("broken", [b'{"text": "thr', b"no json at all", b"[1, 2]", b'{"text": "\xff\xfe"}', b'\x00{"text": 1}'])
@@ -382,7 +376,7 @@ def test_elements_of_an_array_that_are_no_objects_are_left_for_their_refusal(tmp
 
 
 def test_a_missing_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    line = refusal(lambda: check(source(jsonl(tmp_path / "a.jsonl", ROWS)) + source(tmp_path / "no.jsonl")))
+    line = refusal(lambda: check([source(jsonl(tmp_path / "a.jsonl", ROWS)), source(tmp_path / "no.jsonl")]))
     for word in [str(tmp_path / "no.jsonl"), "no such file", "data.sources"]:
         assert word in line
 
@@ -390,7 +384,7 @@ def test_a_missing_file_is_refused_before_anything_is_read(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["f.pdf", "f.xlsx", "f", "f.gz"])
 def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    line = refusal(lambda: check(source(tmp_path / name)))
+    line = refusal(lambda: check([source(tmp_path / name)]))
     for word in [str(tmp_path / name), "unknown format", ".jsonl", ".parquet"]:
         assert word in line
 
@@ -398,7 +392,7 @@ def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path, name: 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.pdf").write_bytes(b"x")
-    line = refusal(lambda: check(source(tmp_path / "in")))
+    line = refusal(lambda: check([source(tmp_path / "in")]))
     assert str(tmp_path / "in") in line
     assert ".jsonl" in line
 
@@ -414,7 +408,7 @@ def test_an_empty_file_among_others_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     jsonl(tmp_path / "b.jsonl", ROWS)
     assert [columns for _, columns in rows(tmp_path)] == ROWS
-    assert [len(list(shard.rows())) for shard in shards(source(tmp_path)[0])] == [0, 3, 0, 0]
+    assert [len(list(shard.rows())) for shard in shards(source(tmp_path))] == [0, 3, 0, 0]
 
 
 def test_a_folder_of_nothing_but_empty_files_is_refused_by_name(tmp_path: Path) -> None:
@@ -422,8 +416,7 @@ def test_a_folder_of_nothing_but_empty_files_is_refused_by_name(tmp_path: Path) 
     folder.mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         (folder / name).write_bytes(b"")
-    full = jsonl(tmp_path / "full.jsonl", ROWS)
-    assert refusal(lambda: list(read(source(full) + source(folder)))).startswith(f"{folder}: empty")
+    assert refusal(lambda: list(read(source(folder)))).startswith(f"{folder}: empty")
 
 
 @pytest.mark.parametrize("name", ["f.csv", "f.parquet"])
@@ -491,7 +484,7 @@ def test_a_hub_data_set_has_its_rows_in_order_and_can_be_sought(hub_set: str, st
     given = Source(name=hub_set, streaming=streaming)
     found = shards(given)
     assert len(found) == (3 if streaming else 1)
-    assert [values(row)["text"] for _, row in read((given,))] == [f"{part}{n}" for part in range(3) for n in range(4)]
+    assert [values(row)["text"] for row in read(given)] == [f"{part}{n}" for part in range(3) for n in range(4)]
     for shard in found:
         whole = list(shard.rows())
         assert [position for position, _ in whole] == list(range(1, len(whole) + 1))
@@ -502,7 +495,7 @@ def test_a_hub_data_set_has_its_rows_in_order_and_can_be_sought(hub_set: str, st
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_data_set_that_is_not_there_is_one_line_with_its_name(streaming: bool, tmp_path: Path) -> None:
     given = Source(name=str(tmp_path / "none"), streaming=streaming)
-    assert str(tmp_path / "none") in refusal(lambda: list(read((given,))))
+    assert str(tmp_path / "none") in refusal(lambda: list(read(given)))
 
 
 # state
@@ -510,31 +503,31 @@ def test_a_hub_data_set_that_is_not_there_is_one_line_with_its_name(streaming: b
 
 def test_the_state_changes_when_a_file_does(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", ROWS)
-    before = state(source(tmp_path))
+    before = state([source(tmp_path)])
     assert list(before) == [str(file)]
-    assert state(source(tmp_path)) == before
+    assert state([source(tmp_path)]) == before
 
     os.utime(file, ns=(0, 1))
-    touched = state(source(tmp_path))
+    touched = state([source(tmp_path)])
     assert touched != before
 
     stamp = file.stat()
     jsonl(file, ROWS[:2])
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    shorter = state(source(tmp_path))
+    shorter = state([source(tmp_path)])
     assert shorter != touched
 
     jsonl(tmp_path / "b.jsonl", ROWS)
-    assert len(state(source(tmp_path))) == 2
+    assert len(state([source(tmp_path)])) == 2
 
 
 def test_the_state_survives_a_manifest(tmp_path: Path) -> None:
-    found = state(source(jsonl(tmp_path / "a.jsonl", ROWS)))
+    found = state([source(jsonl(tmp_path / "a.jsonl", ROWS))])
     assert json.loads(json.dumps(found)) == found
 
 
 def test_other_endings_of_the_same_formats(tmp_path: Path) -> None:
     (tmp_path / "a.ndjson").write_text('{"text": "one"}\n')
     (tmp_path / "b.tsv").write_text("text\tlabel\ntwo, or so\tx\n")
-    found = [row.payload for _, row in read([Source(path=str(tmp_path))])]
+    found = [row.payload for row in read(Source(path=str(tmp_path)))]
     assert found == [b'{"text": "one"}', {"text": "two, or so", "label": "x"}]
