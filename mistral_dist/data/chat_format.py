@@ -7,6 +7,8 @@ impossible for all answers at once; such an answer is left out of `answers`, and
 """
 
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ ANCHOR = 32
 """How far before an answer a special token is looked for. ChatML's stands 3 tokens before it."""
 REMEMBERED = 1000
 """Beginnings of answers whose ids are kept; a template writes one or two."""
+
+Anchor = tuple[int, int, int]
+"""A special token of a conversation: its place in the ids, its begin and end in the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class TemplateFormat:
         special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.control_tokens: Sequence[str] = tuple(special.values())
         self.special_ids = frozenset(special)
+        self._control = re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True))) or r"(?!)")
         self._pieces = Pieces(tokenizer)
         self._known: dict[str, list[int]] = {}
         self._keeps_system = self._template_keeps_system()
@@ -140,8 +146,9 @@ class TemplateFormat:
     def _located(self, whole: str, ids: list[int], parts: dict[int, tuple[str | BadRow, str | BadRow]]) -> Rendered | BadRow:
         """Where the answers stand: `parts` has for each the text of its prompt, and that of the conversation through it."""
         answers = {}
-        special = [place for place, id in enumerate(ids) if id in self.special_ids]
-        is_plain = len(special) == self._specials_in(whole)
+        special = [place for place, is_special in enumerate(map(self.special_ids.__contains__, ids)) if is_special]
+        named = [match.span() for match in self._control.finditer(whole)]
+        anchors = [(place, *span) for place, span in zip(special, named, strict=True)] if len(special) == len(named) else []
         for turn, (prompt, through) in parts.items():
             if isinstance(prompt, BadRow):
                 return prompt
@@ -149,33 +156,30 @@ class TemplateFormat:
                 return through
             if not (whole.startswith(prompt) and whole.startswith(through)):
                 continue
-            begin = self._anchored(ids, prompt, special) if is_plain else None
+            begin = self._anchored(ids, prompt, anchors)
             begin = self._begin(whole, ids, prompt) if begin is None else begin
             if begin is None:
                 because = f"turn {turn + 1}: the prompt before it is tokenized differently with the answer behind it; change how it begins"
                 return BadRow("tokenized_differently", because)
             end = self._end(ids, begin)
-            if end is None or not self._ends_in(through, whole, end, special if is_plain else None):
+            if end is None or not self._ends_in(through, whole, end, anchors):
                 token = self._tokenizer.eos_token
                 return BadRow("no_stop_token", f"turn {turn + 1}: the chat template does not end this answer with {token!r}")
             answers[turn] = (begin, end)
         return Rendered(ids, answers)
 
-    def _specials_in(self, text: str) -> int:
-        return sum(map(text.count, self.control_tokens))
-
-    def _anchored(self, ids: list[int], prompt: str, special: list[int]) -> int | None:
+    def _anchored(self, ids: list[int], prompt: str, anchors: Sequence[Anchor]) -> int | None:
         """How many tokens the prompt has, told by its last special token; None where that does not tell it.
 
         Special tokens cut a text into parts that are tokenized on their own. The n-th in the text is the n-th in the ids, so
         what is behind the prompt's last one decides: alone it must have the tokens that it has here.
         """
-        count = self._specials_in(prompt)
-        if not 0 < count <= len(special):
+        last = _last_within(prompt, anchors)
+        if last is None:
             return None
-        anchor = special[count - 1]
-        head = self._alone(prompt[max(map(prompt.rfind, self.control_tokens)) :])
-        return anchor + len(head) if head and ids[anchor : anchor + len(head)] == head else None
+        place, begin, _ = last
+        head = self._alone(prompt[begin:])
+        return place + len(head) if head and ids[place : place + len(head)] == head else None
 
     def _begin(self, whole: str, ids: list[int], prompt: str) -> int | None:
         """How many tokens the prompt has, if alone it has the same ones; else None. By offsets, for what has no such anchor."""
@@ -191,12 +195,13 @@ class TemplateFormat:
         alone = self._backend.encode(prompt, add_special_tokens=False).ids
         return len(alone) if len(alone) < len(ids) and ids[: len(alone)] == alone else None
 
-    def _ends_in(self, through: str, whole: str, end: int, special: list[int] | None) -> bool:
+    def _ends_in(self, through: str, whole: str, end: int, anchors: Sequence[Anchor]) -> bool:
         """Whether the stop token before `end` belongs to the text through the answer, not to what follows it."""
         if through == whole:
             return True
-        if special is not None:
-            return end - 1 <= special[self._specials_in(through) - 1]
+        last = _last_within(through, anchors)
+        if last is not None:
+            return end - 1 <= last[0]
         encoding = self._backend.encode(whole, add_special_tokens=False)
         return bool(encoding.token_to_chars(end - 1)[1] <= len(through))
 
@@ -286,6 +291,11 @@ class TemplateFormat:
             raise ModelError(
                 f"{self._tokenizer.name_or_path}: the chat template ends no answer with {token!r}; the model would never learn to stop"
             )
+
+
+def _last_within(text: str, anchors: Sequence[Anchor]) -> Anchor | None:
+    """The last special token that stands wholly in a text that the conversation begins with."""
+    return anchors[within - 1] if (within := bisect_right(anchors, len(text), key=lambda anchor: anchor[2])) else None
 
 
 def _calls(conversation: Conversation) -> bool:
