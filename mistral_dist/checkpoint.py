@@ -15,7 +15,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.errors import CheckpointError
 from mistral_dist.files import aside_of, publish, remove
+from mistral_dist.guards import Guard
 
 Tensors = Mapping[str, torch.Tensor]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
@@ -41,6 +42,13 @@ class Progress:
     """Steps made."""
     cursor: Cursor = Cursor()
     """Where the data stand."""
+    guard: Guard = Guard()
+    """What the guards remember."""
+
+    @property
+    def updates(self) -> int:
+        """Updates of the adapter made: a step whose update was left out is none."""
+        return self.step - len(self.guard.untrained)
 
 
 def save(
@@ -103,7 +111,7 @@ def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> 
 
     Raises CheckpointError where names or shapes differ.
     """
-    read = load_file(folder / "adapter" / "adapter_model.safetensors")
+    read = _read_adapter(folder)
     named = {peft_name(name): parameter for name, parameter in parameters.items()}
     if read.keys() != named.keys():
         odd = sorted(read.keys() ^ named.keys())
@@ -114,6 +122,16 @@ def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> 
         parameter.data.copy_(read[name])
 
 
+def adapter_of(folder: Path, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A checkpoint's adapter by the names of its parameters, float32, on the CPU."""
+    read = _read_adapter(folder)
+    return {name: read[peft_name(name)] for name in parameters}
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
 def load_moments(folder: Path) -> dict[str, torch.Tensor]:
     """AdamW's moments by `parameter.moment`, float32, on the CPU."""
     return load_file(folder / "optimizer.safetensors")
@@ -122,7 +140,7 @@ def load_moments(folder: Path) -> dict[str, torch.Tensor]:
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """How far the checkpoint is, and the facts that were saved with it."""
     facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    progress = Progress(facts.pop("step"), Cursor.from_json(facts.pop("cursor")))
+    progress = Progress(facts.pop("step"), Cursor.from_json(facts.pop("cursor")), Guard.from_json(facts.pop("guard")))
     return progress, facts
 
 
@@ -144,6 +162,15 @@ def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
         path.rename(path.with_name(f"damaged-{path.name}-{len(list(folder.glob('damaged-*'))) + 1}"))
         damaged.append(f"{path.name} is damaged ({problem}); passed over")
     return None, damaged
+
+
+def retreat(folder: Path, *, before: int) -> Path | None:
+    """The newest good checkpoint from before a step; those after it are removed, since the run takes another way from there."""
+    later = [path for path in _all(folder) if _step(path) >= before]
+    found = next((path for path in reversed(_all(folder)) if path not in later and verify(path) is None), None)
+    for path in later if found else []:
+        remove(path)
+    return found
 
 
 def verify(path: Path) -> str | None:
@@ -184,8 +211,11 @@ def versions() -> dict[str, str]:
 
 def _all(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _retain(folder: Path, keep: int) -> None:

@@ -225,6 +225,13 @@ class Train(Section):
     """Recompute activations in the backward pass: half more compute (the base is frozen), a fraction of the memory."""
     seed: Seed = 0
     """Seed of the adapter's start, of the order of the data and of dropout."""
+    max_skipped_steps: Count = 3
+    """Steps in a row whose loss or gradient is not finite. Each is left out; after so many the run goes back."""
+    spike_threshold: Positive | None = 6.0
+    """The run goes back where five losses in a row are so many (robust) standard deviations above those of the 50 steps
+    before them; null: it never does."""
+    max_rewinds: Annotated[int, Field(ge=0)] = 2
+    """Times that a run goes back, to a checkpoint from before the trouble, and passes over the steps that led to it. Then it fails."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that a resumed run is bit-equal there too. Slower."""
 
@@ -270,6 +277,9 @@ FREE_IN_A_RUN = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.deterministic",
+    "train.max_skipped_steps",
+    "train.spike_threshold",
+    "train.max_rewinds",
 )
 """A run goes on only under the recipe it began with; these may still change, because they change no promise."""
 

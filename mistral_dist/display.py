@@ -154,7 +154,10 @@ class _Metrics:
 
 
 def _measures(last: dict[str, Any] | None, speed: float | None) -> str:
-    return f"loss {last['loss']:.4f}  {speed:,.0f} tokens/s" if last and speed else "loading the model"
+    if not last or not speed:
+        return "loading the model"
+    told = "not trained" if last["loss"] is None else f"loss {last['loss']:.4f}"
+    return f"{told}  {speed:,.0f} tokens/s"
 
 
 def _interval(measure: dict[str, float]) -> str:

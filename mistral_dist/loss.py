@@ -17,6 +17,14 @@ def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     return summed_cross_entropy(output.logits[0], batch.targets, batch.weights)
 
 
+def refusing_infinity(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss; but one that is not finite gives a gradient that is not, which no update survives on any rank.
+
+    An infinite loss may have a finite gradient: softmax minus one. No value is read, so a GPU need not be waited for.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`logits` float [N, vocabulary], `targets` int64 [N], `weights` float32 [N] -> float32 scalar."""
     return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()

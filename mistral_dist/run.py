@@ -4,6 +4,7 @@
     status.json          state, exit code, message, step, steps, checkpoint, updated
     metrics.jsonl        one object for each step
     data_order.jsonl     with log.data_order
+    untrained.jsonl      steps that changed nothing, why, and the ids of the examples that may be to blame
     quarantine.jsonl     of a stream: every row that was dropped, with place and reason, as of the last checkpoint
     log.txt              what the workers and their libraries printed
     lease.json           who writes here now
@@ -88,8 +89,8 @@ class RunDirectory:
             file.close()
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines of metrics, data order and quarantine that lie after a step: they will be made again."""
-        for name in ("metrics.jsonl", "data_order.jsonl", "quarantine.jsonl"):
+        """Drop the lines of metrics, data order, untrained steps and quarantine that lie after a step: they will be made again."""
+        for name in ("metrics.jsonl", "data_order.jsonl", "untrained.jsonl", "quarantine.jsonl"):
             file = self.path / name
             if file.is_file():
                 lines = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]

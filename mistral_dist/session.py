@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mistral_dist import checkpoint
+from mistral_dist.card import model_card
 from mistral_dist.checkpoint import Progress
-from mistral_dist.config import Recipe, Source
+from mistral_dist.config import Recipe
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.feed import Feed
-from mistral_dist.data.remote import shown
 from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import FAILED, FINISHED, MistralDistError, RunError, TrainingError
 from mistral_dist.files import sweep
+from mistral_dist.guards import Trouble
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import Lease, RunDirectory
@@ -33,13 +34,17 @@ STATUS_EVERY = 1.0
 class StepResult:
     """What one step showed, the same on every rank."""
 
-    loss: float
-    """Mean over the global batch's targets, nats per token, before the update."""
-    grad_norm: float
-    """Global L2 norm before clipping."""
+    loss: float | None
+    """Mean over the global batch's targets, nats per token, before the update; None where the step was not trained."""
+    grad_norm: float | None
+    """Global L2 norm before clipping; None where the step was not trained."""
     learning_rate: float
     stop: bool
     """Whether any rank was asked to stop."""
+    untrained: str = ""
+    """Why the step was not trained."""
+    suspects: tuple[str, ...] = ()
+    """The ids of this rank's examples in it that are to blame, as far as can be told."""
 
 
 @dataclass
@@ -90,28 +95,65 @@ class Session:
         if runtime.byte_sum(packed_weights(runtime.bare_model)) != session.base:
             raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
         if found is not None:
-            runtime.scatter_moments(checkpoint.load_moments(found), session.progress.step)
+            runtime.scatter_moments(checkpoint.load_moments(found), session.progress.updates)
         runtime.on_main(session._mark_start)
         session.clock = time.monotonic()
         return session
 
     def advance(self, work: Work, result: StepResult) -> None:
         """Note a finished step in metrics, data order and status."""
-        self.progress = Progress(work.step + 1, work.cursor)
+        step, passed = work.step + 1, self.passes_over(work)
+        before = self.progress.guard
+        guard = before.after_passing(step) if passed else before.after(step, result.loss)
+        self.progress = Progress(step, work.cursor, guard)
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
-        order = self._data_order(work) if self.recipe.log.data_order else None
+        order = self._data_order(work) if self.recipe.log.data_order and not passed else None
+        suspects = [id for rank in self.runtime.gather(result.suspects) for id in rank] if result.untrained else []
         self.drops += [(self.progress.step, slot, drop) for slot, drop in work.drops]
         if not self.runtime.is_main:
             return
         self.run.check_lease()
         self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
         if order is not None:
-            self.run.append("data_order.jsonl", {"step": self.progress.step, "ids": order})
+            self.run.append("data_order.jsonl", {"step": step, "ids": order})
+        if result.untrained:
+            self.run.append("untrained.jsonl", {"step": step, "because": result.untrained, "ids": suspects})
         if now - self.told > STATUS_EVERY:
             self.told = now
-            self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps)
-        self.say(f"step {self.progress.step}/{self.steps}  loss {result.loss:.4f}  {seconds:.2f} s")
+            self.run.set_status("running", None, "training", step=step, steps=self.steps)
+        told = f"not trained: {result.untrained}" if result.loss is None else f"loss {result.loss:.4f}"
+        self.say(f"step {step}/{self.steps}  {told}  {seconds:.2f} s")
+
+    def passes_over(self, work: Work) -> bool:
+        """Whether a step is not to be trained, because the run went back from it."""
+        return self.progress.guard.passes_over(work.step + 1)
+
+    def trouble(self) -> Trouble | None:
+        """Why the run has to go back, if it has; the same on every rank."""
+        return self.progress.guard.trouble(self.progress.step, self.recipe.train)
+
+    def go_back(self, trouble: Trouble) -> None:
+        """Return to the newest good checkpoint from before the trouble; what led to it will be passed over.
+
+        The checkpoint is written again with that decision in it, so that a killed run goes on the same way. Raises
+        TrainingError, with a diagnosis, where there is no such checkpoint or the run went back too often.
+        """
+        step, train = self.progress.step, self.recipe.train
+        remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples in untrained.jsonl"
+        if len(self.progress.guard.windows) >= train.max_rewinds:
+            raise TrainingError(f"step {step}: {trouble.because}; the run went back {train.max_rewinds} times already; {remedy}")
+        target = self.runtime.on_main(lambda: checkpoint.retreat(self.run.checkpoints, before=trouble.first))
+        if target is None:
+            raise TrainingError(f"step {step}: {trouble.because}, and there is no checkpoint from before; {remedy}")
+        found, _ = checkpoint.load_progress(target)
+        self.progress = replace(found, guard=found.guard.after_going_back(trouble))
+        self.runtime.scatter_adapter(checkpoint.adapter_of(target, adapter_parameters(self.runtime.bare_model)))
+        self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
+        self.drops, self.saved = [], 0
+        self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
+        self.runtime.on_main(lambda: self.run.cut_back(self.progress.step))
+        self.save()
 
     def is_checkpoint_due(self) -> bool:
         """Whether this step is one of those that the recipe saves."""
@@ -306,34 +348,3 @@ def note_failure(run: RunDirectory, error: Exception) -> None:
         if known or (run.status() or {}).get("state") != "failed":
             code = error.exit_code if isinstance(error, MistralDistError) else FAILED
             run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _publishable(recipe: Recipe) -> Recipe:
-    """The recipe without the signatures and passwords that URLs may hold."""
-
-    def without_secrets(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        return tuple(source.model_copy(update={"path": shown(source.path)}) if source.path else source for source in sources)
-
-    hidden = {name: without_secrets(getattr(recipe.data, name)) for name in ("sources", "benchmarks")}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=hidden)})
-
-
-def model_card(recipe: Recipe, about: str, steps: int) -> str:
-    """A README for the adapter: base, data, recipe; with the header that the hub reads."""
-    return f"""---
-base_model: {recipe.model.name}
-library_name: peft
-tags: [lora, qlora, mistral-dist]
----
-
-# {recipe.run_dir.name}
-
-A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), trained by mistral-dist for {steps} steps on
-{about}.
-
-## Recipe
-
-```yaml
-{_publishable(recipe).dump().rstrip()}
-```
-"""

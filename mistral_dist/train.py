@@ -7,6 +7,7 @@ Started by `mistral-dist train`, or directly:
 
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -14,8 +15,8 @@ from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
-from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, TrainingError
-from mistral_dist.loss import summed_loss
+from mistral_dist.errors import FINISHED, STOPPED, MistralDistError
+from mistral_dist.loss import refusing_infinity, summed_loss
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.engine import Runtime, seed_noise
@@ -29,41 +30,71 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest
     feed = open_feed(recipe, encoder, runtime.rank, runtime.world_size)
     session = Session.start(recipe, runtime, run, feed)
 
-    for own in feed.stream.from_cursor(session.progress.cursor):
-        work = feed.stream.agree(own, runtime.sum)
-        result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
-        session.advance(work, result)
-        if result.stop or session.is_checkpoint_due():
-            session.save()
-        if result.stop:
-            break
+    while not session.is_finished():
+        if train_on(session, stop):
+            return session.end(STOPPED)
 
-    if not session.is_finished():
-        return session.end(STOPPED)
     session.save()
     session.publish_adapter(encoder.tokenizer)
     return session.end(FINISHED)
 
 
-def step(runtime: Runtime, work: Work, rate: float, seed: int, stop: StopRequest) -> StepResult:
+def train_on(session: Session, stop: StopRequest) -> bool:
+    """Train from where the run stands to its last step, or until it has gone back; return whether it was asked to stop."""
+    stream = session.feed.stream
+    for own in stream.from_cursor(session.progress.cursor):
+        work = stream.agree(own, session.runtime.sum)
+        result = pass_over(session, work, stop) if session.passes_over(work) else step(session, work, stop)
+        session.advance(work, result)
+        trouble = session.trouble()
+        if trouble is not None:
+            session.go_back(trouble)
+        elif result.stop or session.is_checkpoint_due():
+            session.save()
+        if result.stop:
+            return not session.is_finished()
+        if trouble is not None:
+            break
+    return False
+
+
+def step(session: Session, work: Work, stop: StopRequest) -> StepResult:
     """One optimizer step in which every target token of the global batch counts the same.
 
     The number of targets is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
     each micro-batch gives its share of the mean, loss sum / targets, and nothing has to be rescaled afterwards.
     """
+    runtime, recipe = session.runtime, session.recipe
+    rate = lr_at(work.step, session.steps, recipe.optim)
     runtime.set_learning_rate(rate)
-    total = torch.zeros((), device=runtime.device)
+    losses: list[torch.Tensor] = []
     for batch in work.batches:
-        seed_noise(seed, work.step, batch.slot)
+        seed_noise(recipe.train.seed, work.step, batch.slot)
         with runtime.micro_step():
             loss = summed_loss(runtime.model, batch.to(runtime.device)) / work.targets
-            runtime.backward(loss)
-        total += loss.detach()
+            runtime.backward(refusing_infinity(loss))
+        losses.append(loss.detach())
     grad_norm = runtime.finish_step()
-    mean, stops = runtime.sum([float(total), float(stop.signal is not None)])
-    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-        raise TrainingError(f"step {work.step + 1}: loss {mean}, gradient norm {grad_norm}; lower optim.learning_rate in a new run")
-    return StepResult(mean, grad_norm, rate, stops > 0)
+    own = torch.stack(losses).tolist()
+    mean, stops = runtime.sum([math.fsum(own) if all(map(math.isfinite, own)) else math.nan, float(stop.signal is not None)])
+    if math.isfinite(grad_norm):
+        return StepResult(mean, grad_norm, rate, stops > 0)
+    return StepResult(None, None, rate, stops > 0, *to_blame(work, own, mean))
+
+
+def to_blame(work: Work, losses: Sequence[float], mean: float) -> tuple[str, tuple[str, ...]]:
+    """Why a step has no finite gradient, and this rank's examples that may have caused it; `losses`: one for each micro-batch."""
+    is_loss = not math.isfinite(mean)
+    batches = [batch for batch, loss in zip(work.batches, losses, strict=True) if not (is_loss and math.isfinite(loss))]
+    ids = tuple(id for batch in batches for _, ids in batch.ids for id in ids)
+    return f"the {'loss' if is_loss else 'gradient'} is not finite", ids
+
+
+def pass_over(session: Session, work: Work, stop: StopRequest) -> StepResult:
+    """A step that leaves everything as it is."""
+    (stops,) = session.runtime.sum([float(stop.signal is not None)])
+    rate = lr_at(work.step, session.steps, session.recipe.optim)
+    return StepResult(None, None, rate, stops > 0, "the run went back, and passes it over")
 
 
 def main(words: list[str]) -> int:

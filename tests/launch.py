@@ -27,9 +27,10 @@ def mistral_dist(*words: str | Path, cwd: Path = ROOT, **environment: str) -> "s
     )
 
 
-def train(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: int = 2) -> Path:
+def train(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: int = 2, **environment: str) -> Path:
     """Train a recipe to its end in a run directory; return that."""
-    done = mistral_dist("train", recipe, f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero))
+    words = ["train", recipe, f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero)]
+    done = mistral_dist(*words, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return run
 
@@ -57,10 +58,14 @@ def status(run: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def training(recipe: Path, run: Path, *overrides: str, until: int, processes: int = 2, zero: int = 2) -> "Iterator[subprocess.Popen[str]]":
+def training(
+    recipe: Path, run: Path, *overrides: str, until: int, processes: int = 2, zero: int = 2, **environment: str
+) -> "Iterator[subprocess.Popen[str]]":
     """A training that has made `until` steps; whatever of it still lives is killed at the end."""
     words = ["train", str(recipe), f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero)]
-    started = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(
+        [*COMMAND, *words], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses_so_far(run)) >= until, started)
         yield started

@@ -6,8 +6,9 @@ data parallelism otherwise. The rooms above see one interface; which of the two 
 
 import datetime
 import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,13 +104,18 @@ class Runtime:
         self._accelerator.backward(loss * (self.world_size * self._accumulation))
 
     def finish_step(self) -> float:
-        """Clip, update, zero; return the gradient's global L2 norm before clipping."""
+        """Clip, update, zero; return the gradient's global L2 norm before clipping.
+
+        Where that is not finite there is no update, on any rank: neither adapter nor moments change. DeepSpeed does so by
+        itself for an engine that is not in bfloat16, which ours never is (tests/dist/test_guards.py).
+        """
         if self.zero_stage:
             return float(self.model.get_global_grad_norm())
-        norm = self._accelerator.clip_grad_norm_(self.bare_model.parameters(), self._max_grad_norm)
-        self._optimizer.step()
+        norm = float(self._accelerator.clip_grad_norm_(self.bare_model.parameters(), self._max_grad_norm))
+        if math.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64."""
@@ -151,9 +157,13 @@ class Runtime:
         """AdamW's moments by `parameter.moment`, whole, float32, on the CPU; only on rank 0. A collective."""
         return self._kept_on_main(shards.gather_moments(self._trainable(), self._optimizer))
 
-    def scatter_moments(self, moments: dict[str, torch.Tensor], step: int) -> None:
+    def scatter_adapter(self, adapter: Mapping[str, torch.Tensor]) -> None:
+        """Put back gathered trainable parameters, in the middle of a run. A collective."""
+        shards.scatter_parameters(self._trainable(), self._optimizer, adapter)
+
+    def scatter_moments(self, moments: dict[str, torch.Tensor], updates: int) -> None:
         """Put back gathered moments and the number of updates made, on any number of ranks."""
-        shards.scatter_moments(self._trainable(), self._optimizer, moments, step)
+        shards.scatter_moments(self._trainable(), self._optimizer, moments, updates)
 
     def byte_sum(self, parameters: Sequence[torch.nn.Parameter]) -> int:
         """The sum of all bytes of tensors that may be sharded: equal before and after sharding unless bytes changed.

@@ -24,6 +24,19 @@ def gather_parameter(parameter: Any) -> torch.Tensor:
     return parameter.detach().cpu().clone()
 
 
+def scatter_parameters(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any, values: Mapping[str, torch.Tensor]) -> None:
+    """Put gathered parameters back, each rank its part, and the optimizer's own copies of them. A collective under ZeRO-3.
+
+    `values`: float32 tensors of the parameters' whole shapes, by name. Raises CheckpointError where one is missing or of another shape.
+    """
+    for name, parameter in parameters.items():
+        _scatter_parameter(parameter, _fitting(name, parameter, values))
+    kept_whole = getattr(optimizer, "persistent_parameters", [])
+    if kept_whole:
+        # ZeRO-3 keeps small parameters whole on every rank, and refreshes them from their parts after each update only
+        kept_whole[0].all_gather(kept_whole)
+
+
 def gather_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(`name.exp_avg`, whole tensor) and so on, float32, on the CPU. A collective: every rank iterates to the end."""
     for name, parameter in parameters.items():
@@ -39,12 +52,41 @@ def scatter_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any
     _create_state(optimizer, step)
     for name, parameter in parameters.items():
         for moment in MOMENTS:
-            value = moments.get(f"{name}.{moment}")
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            if value is None or value.shape != shape:
-                found = None if value is None else tuple(value.shape)
-                raise CheckpointError(f"optimizer state {name}.{moment}: expected shape {tuple(shape)}, found {found}")
-            _scatter_moment(parameter, optimizer, moment, value)
+            _scatter_moment(parameter, optimizer, moment, _fitting(f"{name}.{moment}", parameter, moments))
+
+
+def _fitting(name: str, parameter: Any, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    value = values.get(name)
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if value is None or value.shape != shape:
+        found = None if value is None else tuple(value.shape)
+        raise CheckpointError(f"training state {name}: expected shape {tuple(shape)}, found {found}")
+    return value
+
+
+def _own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a whole tensor under ZeRO-3: equal parts, the last padded with zeros."""
+    part = parameter.ds_tensor.numel()
+    rank = torch.distributed.get_rank()
+    padded = torch.zeros(part * torch.distributed.get_world_size(), dtype=torch.float32)
+    padded[: value.numel()] = value.flatten()
+    return padded[rank * part : (rank + 1) * part].to(parameter.ds_tensor.device)
+
+
+def _scatter_parameter(parameter: Any, value: torch.Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        # the library's own setter of whole tensors fails where the ranks do not divide the elements
+        local = _own_part(parameter, value)
+        parameter.ds_tensor.data.copy_(local)
+        safe_set_local_fp32_param(parameter, local)
+        return
+    parameter.data.copy_(value)
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
 
 
 def _gather_moment(parameter: Any, optimizer: Any, moment: str) -> torch.Tensor:
@@ -60,13 +102,7 @@ def _scatter_moment(parameter: Any, optimizer: Any, moment: str, value: torch.Te
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_set_local_optimizer_state
 
-        # the library's own setter of whole tensors fails where the ranks do not divide the elements
-        part = parameter.ds_tensor.numel()
-        rank = torch.distributed.get_rank()
-        padded = torch.zeros(part * torch.distributed.get_world_size(), dtype=torch.float32)
-        padded[: value.numel()] = value.flatten()
-        local = padded[rank * part : (rank + 1) * part].to(parameter.ds_tensor.device)
-        safe_set_local_optimizer_state(parameter, local, moment)
+        safe_set_local_optimizer_state(parameter, _own_part(parameter, value), moment)
     elif hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -80,6 +116,9 @@ def _create_state(optimizer: Any, step: int) -> None:
     is_zero = not isinstance(optimizer, torch.optim.Optimizer)
     inner = optimizer.optimizer if is_zero else optimizer
     for tensor in _state_tensors(optimizer) if is_zero else [p for group in inner.param_groups for p in group["params"]]:
+        if inner.state.get(tensor):  # in the middle of a run: ZeRO holds links to these very tensors
+            inner.state[tensor]["step"].fill_(float(step))
+            continue
         on = tensor.device if inner.defaults.get("fused") else "cpu"
         inner.state[tensor] = {
             "step": torch.tensor(float(step), dtype=torch.float32, device=on),

@@ -12,7 +12,6 @@ from tests.conftest import WriteRecipe
 from tests.launch import kill, lines, losses, metrics, mistral_dist, status, train, training, wait_for, workers
 
 ADAPTER = "adapter/adapter_model.safetensors"
-LAST = "checkpoints/checkpoint-20/"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,10 @@ def never_killed(recipe: Path) -> Path:
     return train(recipe, recipe.parent / "never-killed")
 
 
-def assert_same_run(run: Path, wanted: Path) -> None:
+def assert_same_run(run: Path, wanted: Path, last: int = 20) -> None:
     """Bit-equal adapter, optimizer, metrics and data order."""
-    for file in (ADAPTER, "adapter/adapter_config.json", LAST + ADAPTER, LAST + "optimizer.safetensors"):
+    checkpoint = f"checkpoints/checkpoint-{last}"
+    for file in (ADAPTER, "adapter/adapter_config.json", f"{checkpoint}/{ADAPTER}", f"{checkpoint}/optimizer.safetensors"):
         assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
     assert metrics(run) == metrics(wanted)
     assert lines(run / "data_order.jsonl") == lines(wanted / "data_order.jsonl")

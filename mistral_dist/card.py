@@ -1,0 +1,35 @@
+"""The README of an adapter: what it was made from, and how."""
+
+from mistral_dist.config import Recipe, Source
+from mistral_dist.data.remote import shown
+
+
+def model_card(recipe: Recipe, about: str, steps: int) -> str:
+    """A README for the adapter: base, data, recipe; with the header that the hub reads."""
+    return f"""---
+base_model: {recipe.model.name}
+library_name: peft
+tags: [lora, qlora, mistral-dist]
+---
+
+# {recipe.run_dir.name}
+
+A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), trained by mistral-dist for {steps} steps on
+{about}.
+
+## Recipe
+
+```yaml
+{_publishable(recipe).dump().rstrip()}
+```
+"""
+
+
+def _publishable(recipe: Recipe) -> Recipe:
+    """The recipe without the signatures and passwords that URLs may hold."""
+
+    def without_secrets(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(source.model_copy(update={"path": shown(source.path)}) if source.path else source for source in sources)
+
+    hidden = {name: without_secrets(getattr(recipe.data, name)) for name in ("sources", "benchmarks")}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=hidden)})

@@ -1,0 +1,89 @@
+"""Guards in a real run: what is not finite changes nothing, what spoils the adapter is gone back from and passed over."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+from tests.conftest import WriteRecipe
+from tests.dist.test_resume import ADAPTER, assert_same_run
+from tests.launch import kill, lines, losses, mistral_dist, status, train, training, wait_for, workers
+
+TOPOLOGIES = [(1, 0), (2, 1), (2, 2), (2, 3)]
+IDS = ["one process", "ZeRO-1 x 2", "ZeRO-2 x 2", "ZeRO-3 x 2"]
+
+
+def steps_of(run: Path, file: str) -> list[int]:
+    return [entry["step"] for entry in lines(run / file)]
+
+
+@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES, ids=IDS)
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
+    processes: int, zero: int, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """NaN on one slot, an infinite loss with a finite gradient on another: skipped alike, named, and the run goes on."""
+    recipe = write_recipe(train={"steps": 8, "global_batch_size": 4}, checkpoint={"save_steps": 1, "save_total_limit": 9})
+    assert mistral_dist("prepare", recipe).returncode == 0
+    spoiled = faults.environment(nan_loss=[[3, 1]], infinite_loss=[[6, 2]])
+    run = train(recipe, tmp_path / "run", processes=processes, zero=zero, **spoiled)
+
+    order = {entry["step"]: entry["ids"] for entry in lines(run / "data_order.jsonl")}
+    untrained = lines(run / "untrained.jsonl")
+    assert [(entry["step"], entry["because"]) for entry in untrained] == [(3, "the loss is not finite"), (6, "the loss is not finite")]
+    for entry in untrained:
+        assert 0 < len(entry["ids"]) < len(order[entry["step"]]), "the ids of one slot"
+        assert set(entry["ids"]) < set(order[entry["step"]])
+    assert steps_of(run, "metrics.jsonl") == list(range(1, 9))
+    assert [entry["step"] for entry in lines(run / "metrics.jsonl") if entry["loss"] is None] == [3, 6]
+
+    def state(step: int) -> list[bytes]:
+        folder = run / "checkpoints" / f"checkpoint-{step}"
+        return [(folder / file).read_bytes() for file in (ADAPTER, "optimizer.safetensors")]
+
+    for before, after, is_equal in [(2, 3, True), (5, 6, True), (3, 4, False), (6, 7, False)]:
+        assert (state(before) == state(after)) == is_equal, (before, after)
+
+
+@pytest.fixture(scope="module")
+def long_recipe(recipe_writer: "object", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """75 steps, a checkpoint every tenth."""
+    write = recipe_writer(tmp_path_factory.mktemp("guards"))  # type: ignore[operator]
+    recipe: Path = write(train={"steps": 75, "epochs": 9, "global_batch_size": 2}, checkpoint={"save_steps": 10})
+    assert mistral_dist("prepare", recipe).returncode == 0
+    return recipe
+
+
+@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES, ids=IDS)
+def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int, long_recipe: Path, tmp_path: Path) -> None:
+    """One update of a huge learning rate; killed on the way after it, the run ends with the same bits."""
+    spoiled = faults.environment(huge_rate=[59])
+    run = train(long_recipe, tmp_path / "run", processes=processes, zero=zero, **spoiled)
+    log = (run / "log.txt").read_text()
+    assert "the loss was" in log and "back to checkpoint-50, steps 55 to 64 will be passed over" in log
+    assert steps_of(run, "untrained.jsonl") == list(range(55, 65))
+    assert steps_of(run, "metrics.jsonl") == list(range(1, 76))
+    assert steps_of(run, "data_order.jsonl") == [step for step in range(1, 76) if not 55 <= step < 65]
+    well = [loss for loss in losses(run) if loss is not None]
+    assert max(well[-10:]) < 2 * max(well[:10])
+
+    killed = tmp_path / "killed"
+    with training(long_recipe, killed, until=66, processes=processes, zero=zero, **spoiled) as started:
+        kill(started.pid)
+        wait_for(lambda: not workers(killed))
+    train(long_recipe, killed, processes=processes, zero=zero, **spoiled)
+    assert_same_run(killed, run, last=75)
+
+
+def test_a_run_that_stays_spoiled_fails_with_a_diagnosis(long_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", long_recipe, f"run.dir={run}", "--processes", "1"]
+    done = mistral_dist(*words, **faults.environment(huge_rate=[59, None]))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the run went back 2 times already" in status(run)["message"]
+    assert "optim.learning_rate" in status(run)["message"]
+
+
+def test_a_run_without_trouble_is_left_alone(long_recipe: Path, tmp_path: Path) -> None:
+    run = train(long_recipe, tmp_path / "run", processes=1, zero=0)
+    assert not (run / "untrained.jsonl").exists()
+    assert None not in losses(run)

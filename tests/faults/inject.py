@@ -1,0 +1,39 @@
+"""Puts the faults into the modules that the worker will import from.
+
+nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that begins with this slot
+huge_rate                  [step, ...] or [step, null]: the learning rate is 1 there, or from there on
+"""
+
+import json
+import os
+from typing import Any
+
+from mistral_dist import loss, optim
+from mistral_dist.runtime import engine
+
+FAULTS = json.loads(os.environ["FAULTS"])
+now = [0, 0]
+
+seed_noise, summed_loss, lr_at = engine.seed_noise, loss.summed_loss, optim.lr_at
+
+
+def noting(seed: int, step: int, slot: int) -> None:
+    now[:] = [step + 1, slot]
+    seed_noise(seed, step, slot)
+
+
+def spoiled(model: Any, batch: Any) -> Any:
+    found = summed_loss(model, batch)
+    if now in FAULTS.get("nan_loss", []):
+        return found * float("nan")
+    # with a gradient that is finite
+    return found + float("inf") if now in FAULTS.get("infinite_loss", []) else found
+
+
+def raised(step: int, steps: int, settings: Any) -> float:
+    huge = FAULTS.get("huge_rate", [])
+    is_huge = step + 1 in huge or (None in huge and step + 1 >= huge[0])
+    return 1.0 if is_huge else lr_at(step, steps, settings)
+
+
+engine.seed_noise, loss.summed_loss, optim.lr_at = noting, spoiled, raised
