@@ -12,18 +12,21 @@ All here is pure: what to do follows from the losses so far, which every rank kn
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 from mistral_dist.config import Train
 
 HISTORY = 50
-"""Trained steps that a loss is compared with."""
+"""Trained steps whose scatter a loss is compared with."""
+RECENT = 20
+"""The last of them, whose median it is compared with: a loss falls as a run goes on."""
 PATIENCE = 5
 """Steps in a row whose loss is far up before the run goes back: one hard batch is no trouble. As many steps before them are passed over
 too, since a loss is measured before the update that spoils it shows."""
 ROBUST = 1.4826
-"""Median absolute deviations in a standard deviation, for normal losses."""
+"""Median absolute deviations in a standard deviation, where it is normal."""
 LEAST = 0.05
 """Of the median: the least deviation that is believed, so that losses that hardly vary raise no alarm."""
 
@@ -86,14 +89,17 @@ class Guard:
         usual, spread = center_and_spread(before)
         if min(now) <= usual + train.spike_threshold * spread:
             return None
-        because = f"the loss was {min(now):.3g} or more in {PATIENCE} steps in a row, after {usual:.3g} (median of {HISTORY} steps)"
+        because = f"the loss was {min(now):.3g} or more in {PATIENCE} steps in a row, after {usual:.3g} (median of {RECENT} steps)"
         return Trouble(max(1, step + 1 - 2 * PATIENCE), step, because)
 
 
 def center_and_spread(losses: tuple[float, ...]) -> tuple[float, float]:
-    """Median and robust standard deviation, which a few outliers do not move (Huber, Robust Statistics, 1981, section 5.1)."""
-    center = median(losses)
-    spread = ROBUST * median(abs(loss - center) for loss in losses)
+    """Median of the recent losses, and standard deviation of all; a few outliers move neither, a steady fall not the second.
+
+    The deviation is that of the differences between neighbours, by its median (Huber, Robust Statistics, 1981, section 5.1).
+    """
+    center = median(losses[-RECENT:])
+    spread = ROBUST * median(abs(after - before) for before, after in pairwise(losses)) / math.sqrt(2)
     return center, max(spread, LEAST * abs(center))
 
 
