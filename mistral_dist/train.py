@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from mistral_dist.config import Recipe
+from mistral_dist.config import Recipe, Train
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
@@ -31,7 +31,7 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest
 
     for own in feed.stream.from_cursor(session.progress.cursor):
         work = feed.stream.agree(own, runtime.sum)
-        result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
+        result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train, stop)
         session.advance(work, result)
         if result.stop or session.is_checkpoint_due():
             session.save()
@@ -45,18 +45,18 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest
     return session.end(FINISHED)
 
 
-def step(runtime: Runtime, work: Work, rate: float, seed: int, stop: StopRequest) -> StepResult:
-    """One optimizer step in which every target token of the global batch counts the same.
+def step(runtime: Runtime, work: Work, rate: float, settings: Train, stop: StopRequest) -> StepResult:
+    """One optimizer step in which every target token of the global batch counts the same, or as much as its label weighs.
 
-    The number of targets is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
-    each micro-batch gives its share of the mean, loss sum / targets, and nothing has to be rescaled afterwards.
+    The sum of their weights is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
+    each micro-batch gives its share of the mean, loss sum / weight, and nothing has to be rescaled afterwards.
     """
     runtime.set_learning_rate(rate)
     total = torch.zeros((), device=runtime.device)
     for batch in work.batches:
-        seed_noise(seed, work.step, batch.slot)
+        seed_noise(settings.seed, work.step, batch.slot)
         with runtime.micro_step():
-            loss = summed_loss(runtime.model, batch.to(runtime.device)) / work.targets
+            loss = summed_loss(runtime.model, batch.to(runtime.device), settings.label_smoothing_factor) / work.weight
             runtime.backward(loss)
         total += loss.detach()
     grad_norm = runtime.finish_step()
