@@ -145,8 +145,8 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def peft_name(parameter: str) -> str:
-    """A parameter's name in PEFT's files, which leave out the adapter's own name."""
-    return parameter.replace(".default.", ".")
+    """A parameter's name in PEFT's files, which leave out the adapter's own name; a layer that is trained whole has its own name."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def latest_good(folder: Path) -> tuple[Path | None, list[str]]:

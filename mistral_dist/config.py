@@ -14,47 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mistral_dist.errors import RecipeError
 from mistral_dist.recipe_file import explain, parse_override, read_yaml, set_field
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, types are exact, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class Task(Section):
-    """What one example asks of the model."""
-
-    kind: Literal["classification", "chat", "instruct", "pretrain"]
-    """classification: text -> one of `labels`; chat: conversations; instruct: prompt -> completion; pretrain: plain text."""
-    labels: Strings = ()
-    """Classification: the labels, as the model will write them."""
-    prompt: str = "Classify the text as one of: {labels}.\n\n{text}"
-    """Classification: the user's turn; `{text}` and `{labels}` are filled in."""
-    system: str | None = None
-    """A system turn put before each example that has none."""
-
-    @model_validator(mode="after")
-    def _labels_belong_to_classification(self) -> Self:
-        if self.kind == "classification":
-            if len(set(self.labels)) < 2 or len(set(self.labels)) != len(self.labels):
-                raise ValueError("labels: classification needs two or more different labels, e.g. labels: [spam, ham]")
-            if "{text}" not in self.prompt:
-                raise ValueError("prompt: must contain {text}, the place where the example's text goes")
-        elif self.labels:
-            raise ValueError(f"labels: only task.kind=classification has labels, this one is {self.kind}; remove them")
-        return self
+from mistral_dist.sections import Count, Fraction, Lora, NotNegative, Positive, Section, Seed, Task
 
 
 class Source(Section):
@@ -167,26 +131,10 @@ class Model(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision of the base; auto is bfloat16. The adapter and the optimizer are always float32."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    """auto: flash-attn where it is installed and there is a GPU, PyTorch's SDPA elsewhere."""
+    """auto: flash-attn where it is installed and there is a GPU, PyTorch's SDPA elsewhere. Others are refused: that they keep
+    packed examples apart was not shown (flex_attention has no backward pass on a CPU)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read it."""
-
-
-class Lora(Section):
-    """The adapter (arXiv 2106.09685); the names are PEFT's."""
-
-    r: Count = 16
-    """Rank."""
-    lora_alpha: Count = 16
-    """The adapter's output is scaled by lora_alpha / r."""
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """0 keeps the run exact on any machines; above 0 the noise is seeded by (seed, step, slot)."""
-    target_modules: Literal["all-linear"] | Strings = "all-linear"
-    """all-linear: every linear layer but the output head."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
-    init_lora_weights: bool = True
-    """true: B starts at zero, the model unchanged. false: B random, for tests of gradients."""
 
 
 class Optim(Section):
@@ -223,6 +171,9 @@ class Train(Section):
     """Packs that one GPU feeds one forward. Changes speed and memory, not what is learned."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: half more compute (the base is frozen), a fraction of the memory."""
+    label_smoothing_factor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target's probability that is spread evenly over the whole vocabulary (arXiv 1512.00567). The metrics show the
+    loss that is trained on, so with smoothing it does not go to 0; the evaluation is never smoothed."""
     seed: Seed = 0
     """Seed of the adapter's start, of the order of the data and of dropout."""
     max_skipped_steps: Count = 3
@@ -318,6 +269,13 @@ class Recipe(Section):
     def _streams_have_no_end(self) -> Self:
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.steps: a stream has no epochs, so data.streaming=true needs the number of steps")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_have_no_counts(self) -> Self:
+        if self.data.streaming and self.task.class_weights == "balanced":
+            remedy = "write the weights, e.g. task.class_weights={spam: 3.0}, or prepare the data (data.streaming=false)"
+            raise ValueError(f"task.class_weights: balanced needs the number of examples of each label, a stream has none; {remedy}")
         return self
 
     @classmethod

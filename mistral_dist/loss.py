@@ -11,10 +11,10 @@ import torch
 from mistral_dist.data.stream import Batch
 
 
-def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
+def summed_loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
     """Sum over the batch's targets of weight x cross-entropy, in nats; a float32 scalar with gradient."""
     output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, logits_to_keep=batch.predict_from, use_cache=False)
-    return summed_cross_entropy(output.logits[0], batch.targets, batch.weights)
+    return summed_cross_entropy(output.logits[0], batch.targets, batch.weights, label_smoothing)
 
 
 def refusing_infinity(loss: torch.Tensor) -> torch.Tensor:
@@ -25,6 +25,10 @@ def refusing_infinity(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`logits` float [N, vocabulary], `targets` int64 [N], `weights` float32 [N] -> float32 scalar."""
-    return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """`logits` float [N, vocabulary], `targets` int64 [N], `weights` float32 [N] -> float32 scalar.
+
+    With smoothing s a target's probability is 1 - s, and s is spread evenly over the whole vocabulary, itself included.
+    """
+    each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    return (each * weights).sum()

@@ -10,6 +10,7 @@ numbers: an engine without a dtype of its own casts nothing.
 
 import functools
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,17 @@ def load_base(model: Model, device: torch.device, attention: str) -> Any:
 
 
 def add_adapter(base: Any, lora: Lora, name: str, seed: int) -> peft.PeftModel:
-    """The base with a fresh LoRA adapter in float32, the same on every rank: drawn on the CPU from `seed`."""
+    """The base with a fresh LoRA adapter in float32, the same on every rank: drawn on the CPU from `seed`.
+
+    Raises ModelError for layers that the base has not, or that cannot be trained that way.
+    """
+    _refuse_modules(base, lora)
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.use_rslora,
         init_lora_weights=lora.init_lora_weights,
         task_type="CAUSAL_LM",
@@ -105,7 +111,44 @@ def add_adapter(base: Any, lora: Lora, name: str, seed: int) -> peft.PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, peft.utils.ModulesToSaveWrapper) and isinstance(module.original_module, torch.nn.Embedding):
+            # a float32 embedding would make every hidden state float32, and the model another than the one that is served
+            module.register_forward_hook(functools.partial(_as_the_base, module.original_module.weight.dtype))
     return model
+
+
+def _refuse_modules(base: torch.nn.Module, lora: Lora) -> None:
+    """Raise ModelError for what `lora.modules_to_save` must not name, and for adapters on a matrix that has two uses."""
+    named = dict(base.named_modules(remove_duplicate=False))
+    uses = Counter(id(parameter) for module in named.values() for parameter in module.parameters(recurse=False))
+    tied = {name for name, module in named.items() if any(uses[id(own)] > 1 for own in module.parameters(recurse=False))}
+    targets = () if isinstance(lora.target_modules, str) else lora.target_modules
+    for field, wanted in [*(("target_modules", name) for name in targets), *(("modules_to_save", name) for name in lora.modules_to_save)]:
+        found = {name: module for name, module in named.items() if name == wanted or name.endswith(f".{wanted}")}
+        place = f"lora.{field}: {wanted}"
+        if found.keys() & tied:
+            remedy = "leave it out, or take a base that does not tie them (Mistral-7B does not)"
+            raise ModelError(
+                f"{place}: {' and '.join(sorted(tied))} of this base are one matrix, which cannot be trained as one of them; {remedy}"
+            )
+        if field == "modules_to_save":
+            _refuse_saved(place, list(found.values()))
+
+
+def _refuse_saved(place: str, found: list[torch.nn.Module]) -> None:
+    """Raise ModelError unless a name of `lora.modules_to_save` means layers that can be trained whole."""
+    if not found:
+        raise ModelError(f"{place}: the base has no layer of this name; there are embed_tokens and lm_head")
+    if not all(isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in found):
+        kind = type(found[0]).__name__
+        raise ModelError(f"{place}: is a {kind}; only embeddings and linear layers can be trained whole, e.g. embed_tokens, lm_head")
+    if any(isinstance(parameter, bnb.nn.Params4bit) for module in found for parameter in module.parameters()):
+        raise ModelError(f"{place}: is in 4 bits, which cannot be trained; name it in lora.target_modules, or use model.quantization=none")
+
+
+def _as_the_base(dtype: torch.dtype, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)
 
 
 def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> peft.PeftModel:

@@ -116,6 +116,8 @@ ELSEWHERE = {
     "model_id": "model.name",
     "dataset_name": "data.sources",
     "max_grad_norm": "optim.max_grad_norm",
+    "label_smoothing": "train.label_smoothing_factor",
+    "class_weight": "task.class_weights",
     "optim": "optim (a section; the optimizer is AdamW)",
     # axolotl
     "base_model": "model.name",
@@ -133,6 +135,10 @@ ELSEWHERE = {
     "lora_dropout": "lora.lora_dropout",
     "lora_target_modules": "lora.target_modules",
     "lora_target_linear": "lora.target_modules: all-linear",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "peft_use_rslora": "lora.use_rslora",
+    "peft_use_dora": "nothing: DoRA is not supported (under ZeRO-3 it would read weights that are not there)",
+    "peft_init_lora_weights": "lora.init_lora_weights (PiSSA and LoftQ, which change the base, are not supported)",
     "lr_scheduler": "optim.lr_scheduler_type",
     "flash_attention": "model.attention: flash_attention_2",
     "xformers_attention": "model.attention",
@@ -144,10 +150,15 @@ ELSEWHERE = {
     "cutoff_len": "data.max_length",
     "lora_rank": "lora.r",
     "lora_target": "lora.target_modules",
+    "additional_target": "lora.modules_to_save",
     "quantization_bit": "model.quantization: nf4",
     "val_size": "data.validation_fraction",
     "packing": "nothing: packing is always on, and exact",
     "flash_attn": "model.attention",
+    # PEFT
+    "use_dora": "nothing: DoRA is not supported (under ZeRO-3 it would read weights that are not there)",
+    "loftq_config": "nothing: LoftQ is not supported (it changes the base, so the adapter alone would not be the result)",
+    "use_pissa": "nothing: PiSSA is not supported (it changes the base, so the adapter alone would not be the result)",
     # ours, often guessed
     "alpha": "lora.lora_alpha",
     "batch_size": "train.global_batch_size",
@@ -181,6 +192,7 @@ def explain(error: ValidationError, path: Path, lines: Mapping[str, int], overri
     # pydantic names the branch of a union or a tag after the field; only what the user wrote is shown
     while len(parts) > 2 and ".".join(parts) not in lines and ("[" in parts[-1] or "'" in parts[-1]):
         parts.pop()
+    parts = [part for part in parts if not part.startswith("dict[")]
     key = ".".join(parts)
     line = next((lines[k] for k in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if k in lines), None)
     is_typed = any(key == typed or key.startswith(f"{typed}.") for typed in overrides)

@@ -316,6 +316,7 @@ class Session:
         config = copy(self.peft_config)
         config.inference_mode = True
         config.target_modules = sorted(config.target_modules)
+        config.modules_to_save = sorted(config.modules_to_save) if config.modules_to_save else None
         return config
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mistral_dist.config import Recipe
+from mistral_dist.config import Recipe, Train
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
@@ -59,10 +59,10 @@ def train_on(session: Session, stop: StopRequest) -> bool:
 
 
 def step(session: Session, work: Work, stop: StopRequest) -> StepResult:
-    """One optimizer step in which every target token of the global batch counts the same.
+    """One optimizer step in which every target token of the global batch counts the same, or as much as its label weighs.
 
-    The number of targets is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
-    each micro-batch gives its share of the mean, loss sum / targets, and nothing has to be rescaled afterwards.
+    The sum of their weights is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
+    each micro-batch gives its share of the mean, loss sum / weight, and nothing has to be rescaled afterwards.
     """
     runtime, recipe = session.runtime, session.recipe
     rate = lr_at(work.step, session.steps, recipe.optim)
@@ -71,7 +71,7 @@ def step(session: Session, work: Work, stop: StopRequest) -> StepResult:
     for batch in work.batches:
         seed_noise(recipe.train.seed, work.step, batch.slot)
         with runtime.micro_step():
-            loss = summed_loss(runtime.model, batch.to(runtime.device)) / work.targets
+            loss = summed_loss(runtime.model, batch.to(runtime.device), recipe.train.label_smoothing_factor) / work.weight
             runtime.backward(refusing_infinity(loss))
         losses.append(loss.detach())
     grad_norm = runtime.finish_step()

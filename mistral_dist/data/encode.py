@@ -35,10 +35,13 @@ class Encoded:
     """int32 [tokens]"""
     targets: np.ndarray
     """int64 [targets]"""
+    weight: float
+    """How much each of its targets counts in the loss."""
 
-    def __init__(self, ids: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray) -> None:
+    def __init__(self, ids: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, weight: float = 1.0) -> None:
         object.__setattr__(self, "ids", np.asarray(ids, dtype=np.int32))
         object.__setattr__(self, "targets", np.asarray(targets, dtype=np.int64))
+        object.__setattr__(self, "weight", weight)
         found = self.targets
         assert not found.size or (found[0] > 0 and found[-1] < self.ids.size and (found[1:] > found[:-1]).all())
 
@@ -75,7 +78,7 @@ class Encoder:
         parts = [
             self._backend.to_str(),
             self._format.identity if self._format else "",
-            json.dumps(self.task.model_dump(mode="json"), sort_keys=True),
+            json.dumps(self.task.model_dump(mode="json", exclude={"class_weights"}), sort_keys=True),
         ]
         return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
 

@@ -1,11 +1,14 @@
 """What training is fed with: the prepared data after a plan, or a stream by its lanes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mistral_dist.config import Data, Recipe, digest
 from mistral_dist.data import sources
@@ -17,6 +20,7 @@ from mistral_dist.data.prepared import Prepared, open_prepared
 from mistral_dist.data.reader import BlockReader
 from mistral_dist.data.split import TEST, TRAIN
 from mistral_dist.data.stream import Plan, Stream
+from mistral_dist.data.weights import label_weights
 from mistral_dist.errors import DataError
 
 
@@ -60,9 +64,16 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
     )
     if not plan.steps:
         raise DataError("data.sources: their weights show no example in so few epochs; raise a weight, or train.epochs")
-    examples = _Examples(prepared.split(TRAIN), encoder)
-    micro = recipe.train.micro_batch_size
-    stream = Stream(plan, examples, (tokens, targets), rank=rank, world_size=world_size, micro_batch_size=micro)
+    of_label = label_weights(recipe.task, prepared.label_counts(TRAIN))
+    stream = Stream(
+        plan,
+        _Examples(prepared.split(TRAIN), encoder, of_label),
+        (tokens, targets),
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=recipe.train.micro_batch_size,
+        weights=_each(prepared, of_label) if of_label else None,
+    )
     counts = prepared.manifest["examples"]
     about = f"{counts[TRAIN]} examples; {counts[TEST]} more were held out for the test"
     return Feed(stream, prepared.fingerprint, str(prepared.path), about, prepared.fingerprint)
@@ -80,7 +91,7 @@ def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> F
         raise DataError("data.sources: none to train on, each has an `into` of its own; add one without")
     lanes = Lanes(
         streamed,
-        BlockReader(Cleaner.of(recipe, encoder)),
+        BlockReader(Cleaner.of(recipe, encoder), label_weights(recipe.task, {})),
         Rules(train.global_batch_size, data.block, data.max_length, train.seed, data.bad_rows),
         train.steps,
         rank,
@@ -108,17 +119,27 @@ def _bytes(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
 
 
+def _each(prepared: Prepared, of_label: Mapping[str, float]) -> np.ndarray:
+    """What a target of each train record counts in the loss, float64 [records]."""
+    labels = list(prepared.label_counts(TRAIN))
+    numbers = pc.index_in(prepared.split(TRAIN).data.column("label"), value_set=pa.array(labels))
+    return np.array([of_label.get(label, 1.0) for label in labels])[numbers.to_numpy()]
+
+
 class _Examples:
     """The train split, encoded when it is asked for."""
 
-    def __init__(self, split: datasets.Dataset, encoder: Encoder) -> None:
-        self._split, self._encoder = split, encoder
+    def __init__(self, split: datasets.Dataset, encoder: Encoder, label_weights: Mapping[str, float]) -> None:
+        self._split, self._encoder, self._weights = split, encoder, label_weights
 
     def encode(self, indices: Sequence[int]) -> list[tuple[str, Encoded]]:
         columns = self._split[list(indices)]
         records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         encoded = self._encoder.encode_batch([from_record(record) for record in records])
-        return [(record["id"], _checked(record, found)) for record, found in zip(records, encoded, strict=True)]
+        return [
+            (record["id"], replace(_checked(record, found), weight=self._weights.get(record["label"], 1.0)))
+            for record, found in zip(records, encoded, strict=True)
+        ]
 
 
 def _checked(record: dict[str, Any], encoded: Encoded | BadRow) -> Encoded:

@@ -283,11 +283,12 @@ class Lanes:
         """
         states = work.cursor.lanes
         judged = (sum(state.rows for state in states), sum(sum(state.bad.values()) for state in states))
-        own = (work.targets, work.tokens, work.examples, work.dropped, work.epoch, *judged)
-        targets, tokens, examples, dropped, rounds, rows, bad = (int(value) for value in total(own))
+        own = (work.weight, work.targets, work.tokens, work.examples, work.dropped, work.epoch, *judged)
+        weight, *counts = total(own)
+        targets, tokens, examples, dropped, rounds, rows, bad = map(int, counts)
         self._refuse_bad(rows, bad, states)
         epoch = rounds / self.rules.lanes
-        return replace(work, targets=targets, tokens=tokens, examples=examples, dropped=dropped, epoch=epoch)
+        return replace(work, targets=targets, weight=weight, tokens=tokens, examples=examples, dropped=dropped, epoch=epoch)
 
     def _refuse_bad(self, rows: int, bad: int, own: Sequence[LaneState]) -> None:
         """Raise DataError, on all ranks alike, where too many of the rows met so far are bad."""
@@ -309,6 +310,7 @@ class Lanes:
             step=step,
             batches=tuple(_batch(fed, slots) for slots in self._micro),
             targets=sum(len(one.targets) for one in encoded),
+            weight=sum(len(one.targets) * one.weight for one in encoded),
             tokens=sum(len(one.ids) for one in encoded),
             examples=len(encoded),
             epoch=sum(given.epoch for given in fed.values()),

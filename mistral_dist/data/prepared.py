@@ -53,6 +53,10 @@ class Prepared:
         """How often an epoch shows each record of a split, float64 [records]."""
         return np.array([source.weight for source in sources])[self.column(name, "source")]
 
+    def label_counts(self, name: str) -> dict[str, int]:
+        """How many records of a split have each label."""
+        return {entry["values"]: entry["counts"] for entry in self.split(name).data.column("label").value_counts().to_pylist()}
+
     def column(self, name: str, column: str) -> np.ndarray:
         """One column of a split."""
         return self.split(name).data.column(column).to_numpy()
@@ -112,4 +116,5 @@ def key(recipe: Recipe, encoder: Encoder) -> str:
     data = recipe.data.model_dump(mode="json", exclude={"dir", "workers", "bad_rows", "block"})
     for source in data["sources"]:
         del source["weight"]  # how often a train example is shown is the plan's
-    return digest({"format": FORMAT, "task": recipe.task.model_dump(mode="json"), "data": data, "encoding": encoder.fingerprint})
+    task = recipe.task.model_dump(mode="json", exclude={"class_weights"})
+    return digest({"format": FORMAT, "task": task, "data": data, "encoding": encoder.fingerprint})

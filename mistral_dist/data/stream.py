@@ -47,7 +47,7 @@ class Batch:
     targets: torch.Tensor
     """int64 [N]: the token ids to predict"""
     weights: torch.Tensor
-    """float32 [N]: 1 for a target, 0 for the filler of an empty pack"""
+    """float32 [N]: 1 for a target, or what its label weighs; 0 for the filler of an empty pack"""
     ids: tuple[tuple[int, tuple[str, ...]], ...]
     """(slot, ids of its examples) of each pack in the row"""
 
@@ -85,6 +85,8 @@ class Work:
     step: int
     batches: tuple[Batch, ...]
     targets: int
+    weight: float
+    """The sum of the targets' weights, which the loss is divided by; their number where no class is weighted."""
     tokens: int
     examples: int
     epoch: float
@@ -199,12 +201,22 @@ class Stream:
     """The work of one rank, step by step, read ahead in the background."""
 
     def __init__(
-        self, plan: Plan, examples: Examples, lengths: tuple[np.ndarray, np.ndarray], *, rank: int, world_size: int, micro_batch_size: int
+        self,
+        plan: Plan,
+        examples: Examples,
+        lengths: tuple[np.ndarray, np.ndarray],
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        weights: np.ndarray | None = None,
     ) -> None:
-        """`lengths`: (tokens, targets) of each example, int [examples]."""
+        """`lengths`: (tokens, targets) of each example, int [examples]; `weights`: what a target of each counts in the loss,
+        float64 [examples], the same as its `Encoded.weight`; None for 1."""
         self.plan = plan
         self._examples = examples
         self._tokens, self._targets = lengths
+        self._weights = weights
         self._micro = micro_slots(plan.global_batch_size, rank, world_size, micro_batch_size)
 
     @property
@@ -216,10 +228,12 @@ class Stream:
         """The work of a step (from 0): a pure function, whatever was read before."""
         packs = self.plan.step(step)
         members = np.concatenate(packs)
+        targets = self._targets[members]
         return Work(
             step=step,
             batches=tuple(self._batch(packs, slots) for slots in self._micro),
-            targets=int(self._targets[members].sum()),
+            targets=int(targets.sum()),
+            weight=float(targets.sum() if self._weights is None else targets @ self._weights[members]),
             tokens=int(self._tokens[members].sum()),
             examples=len(members),
             epoch=self.plan.epoch_after(step),
@@ -283,18 +297,19 @@ class Ahead(Iterator[T]):
 
 def collate(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Examples laid end to end, as the tensors of a Batch. No examples make an empty pack: two tokens, one target of weight 0."""
-    weight = 1.0 if examples else 0.0
-    examples = examples or [Encoded([0, 0], [1])]
+    examples = examples or [Encoded([0, 0], [1], weight=0.0)]
     lengths = [example.ids.size for example in examples]
     starts = np.cumsum([0, *lengths[:-1]])
     ids = np.concatenate([example.ids for example in examples], dtype=np.int64)
     positions = np.arange(ids.size) - np.repeat(starts, lengths)
+    sizes = [example.targets.size for example in examples]
     where = np.concatenate([example.targets for example in examples])
-    where += np.repeat(starts, [example.targets.size for example in examples])
+    where += np.repeat(starts, sizes)
+    weights = np.repeat(np.array([example.weight for example in examples], dtype=np.float32), sizes)
     return {
         "input_ids": torch.from_numpy(ids)[None],
         "position_ids": torch.from_numpy(positions)[None],
         "predict_from": torch.from_numpy(where - 1),
         "targets": torch.from_numpy(ids[where]),
-        "weights": torch.full((where.size,), weight, dtype=torch.float32),
+        "weights": torch.from_numpy(weights),
     }

@@ -1,0 +1,104 @@
+"""What the sections of a recipe are made of, and the two that say what is learned (task) and in which weights (lora)."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, types are exact, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Task(Section):
+    """What one example asks of the model."""
+
+    kind: Literal["classification", "chat", "instruct", "pretrain"]
+    """classification: text -> one of `labels`; chat: conversations; instruct: prompt -> completion; pretrain: plain text."""
+    labels: Strings = ()
+    """Classification: the labels, as the model will write them."""
+    prompt: str = "Classify the text as one of: {labels}.\n\n{text}"
+    """Classification: the user's turn; `{text}` and `{labels}` are filled in."""
+    system: str | None = None
+    """A system turn put before each example that has none."""
+    class_weights: dict[str, Positive] | Literal["balanced"] | None = None
+    """Classification: how much each target token of a label's examples counts in the loss, e.g. {spam: 3.0}; a label that is not
+    named counts 1. balanced: n / (k * n_label), of the n examples of the train split and the k labels in it."""
+
+    @model_validator(mode="after")
+    def _labels_belong_to_classification(self) -> Self:
+        if self.kind == "classification":
+            if len(set(self.labels)) < 2 or len(set(self.labels)) != len(self.labels):
+                raise ValueError("labels: classification needs two or more different labels, e.g. labels: [spam, ham]")
+            if "{text}" not in self.prompt:
+                raise ValueError("prompt: must contain {text}, the place where the example's text goes")
+        elif self.labels:
+            raise ValueError(f"labels: only task.kind=classification has labels, this one is {self.kind}; remove them")
+        return self
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_or_balanced(cls, value: Any) -> Any:
+        if value is None or value == "balanced" or isinstance(value, dict):
+            return value
+        raise ValueError(f"must be balanced or a weight for each label, e.g. {{spam: 3.0}}, but it is {value!r}")
+
+    @model_validator(mode="after")
+    def _class_weights_are_of_labels(self) -> Self:
+        if self.class_weights is not None and self.kind != "classification":
+            raise ValueError(f"class_weights: only task.kind=classification has labels to weigh, this one is {self.kind}; remove it")
+        if isinstance(self.class_weights, dict):
+            unknown = next((label for label in self.class_weights if label not in self.labels), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"class_weights: {unknown!r} is none of task.labels ({', '.join(self.labels)}); write it as it stands there"
+                )
+        return self
+
+
+class Lora(Section):
+    """The adapter (arXiv 2106.09685); the names are PEFT's."""
+
+    r: Count = 16
+    """Rank."""
+    lora_alpha: Count = 16
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """0 keeps the run exact on any machines. Above 0 the noise of a micro-batch is seeded by (seed, step, its first slot): the
+    same ranks draw the same through kills; another train.micro_batch_size, or another kind of device, draws other noise."""
+    target_modules: Literal["all-linear"] | Strings = "all-linear"
+    """all-linear: every linear layer but the output head. Or a list of names, e.g. [q_proj, v_proj]; the longer end of a name
+    chooses one layer: layers.0.self_attn.q_proj."""
+    modules_to_save: Strings = ()
+    """Layers that are trained whole, beside the adapter, and saved with it: [embed_tokens, lm_head] after new tokens were added.
+    They are held in float32 with two moments, 12 bytes a parameter, and must not be in 4 bits or share their matrix (a base
+    that ties its embedding to its head)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    init_lora_weights: bool = True
+    """true: B starts at zero, the model unchanged. false: B random, for tests of gradients."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_names(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError(
+                f"must be all-linear or a list of names, e.g. [q_proj, v_proj], but it is {value!r} (patterns are not supported)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _a_layer_is_trained_one_way(self) -> Self:
+        targets = () if isinstance(self.target_modules, str) else self.target_modules
+        twice = next((name for name in self.modules_to_save if name in targets), None)
+        if twice is not None:
+            raise ValueError(f"modules_to_save: {twice} is in target_modules, too; it can have an adapter or be trained whole, not both")
+        return self
