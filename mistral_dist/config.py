@@ -227,6 +227,12 @@ class Train(Section):
     """Seed of the adapter's start, of the order of the data and of dropout."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that a resumed run is bit-equal there too. Slower."""
+    max_seconds: Positive | None = None
+    """Save and stop in time to have ended after so many seconds, loading included, as on a stop signal (exit code 85). Counted
+    for each launch of `mistral-dist train`, or from the start of the workers under a bare `accelerate launch`."""
+    stall_seconds: Annotated[float, Field(ge=5.0, allow_inf_nan=False)] | None = 300.0
+    """A GPU that has not moved for so long while others wait for it is named, and all end; four times as long while the model is
+    loaded or a checkpoint is saved. Must be longer than any forward or backward. null: they wait until the collectives give up."""
 
 
 class Checkpoint(Section):
@@ -270,6 +276,8 @@ FREE_IN_A_RUN = (
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.deterministic",
+    "train.max_seconds",
+    "train.stall_seconds",
 )
 """A run goes on only under the recipe it began with; these may still change, because they change no promise."""
 
