@@ -185,6 +185,12 @@ class Train(Section):
     """Times that a run goes back, to a checkpoint from before the trouble, and passes over the steps that led to it. Then it fails."""
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that a resumed run is bit-equal there too. Slower."""
+    max_seconds: Positive | None = None
+    """Save and stop in time to have ended after so many seconds, loading included, as on a stop signal (exit code 85). Counted
+    for each launch of `mistral-dist train`, or from the start of the workers under a bare `accelerate launch`."""
+    stall_seconds: Annotated[float, Field(ge=5.0, allow_inf_nan=False)] | None = 300.0
+    """A GPU that has not moved for so long while others wait for it is named, and all end; four times as long while the model is
+    loaded or a checkpoint is saved. Must be longer than any forward or backward. null: they wait until the collectives give up."""
 
 
 class Checkpoint(Section):
@@ -231,6 +237,8 @@ FREE_IN_A_RUN = (
     "train.max_skipped_steps",
     "train.spike_threshold",
     "train.max_rewinds",
+    "train.max_seconds",
+    "train.stall_seconds",
 )
 """A run goes on only under the recipe it began with; these may still change, because they change no promise."""
 

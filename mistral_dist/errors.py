@@ -62,3 +62,7 @@ class TrainingError(MistralDistError):
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class StopAgreed(Exception):
+    """No error: all ranks have agreed to save and leave, here. The message says by what or on whose request."""

@@ -18,7 +18,7 @@ from mistral_dist.config import Recipe
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
-from mistral_dist.errors import FAILED, FINISHED, MistralDistError, RunError, TrainingError
+from mistral_dist.errors import FAILED, FINISHED, STOPPED, MistralDistError, RunError, StopAgreed, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.guards import Trouble
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
@@ -39,8 +39,6 @@ class StepResult:
     grad_norm: float | None
     """Global L2 norm before clipping; None where the step was not trained."""
     learning_rate: float
-    stop: bool
-    """Whether any rank was asked to stop."""
     untrained: str = ""
     """Why the step was not trained."""
     suspects: tuple[str, ...] = ()
@@ -91,12 +89,15 @@ class Session:
         found = session._find_checkpoint()
         if found is not None:
             checkpoint.load_adapter(found, parameters)
+        runtime.agree_to_go_on()
         runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
         if runtime.byte_sum(packed_weights(runtime.bare_model)) != session.base:
             raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
         if found is not None:
             runtime.scatter_moments(checkpoint.load_moments(found), session.progress.updates)
         runtime.on_main(session._mark_start)
+        runtime.agree_to_go_on()
+        runtime.at("between steps")
         session.clock = time.monotonic()
         return session
 
@@ -167,6 +168,7 @@ class Session:
         """Write a checkpoint of this step, unless it is there; every rank waits until it is."""
         if self.progress.step == self.saved:
             return
+        self.runtime.at("saving", self.progress.step)
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
         everywhere = self.runtime.gather((self.progress.cursor, self.drops))
         progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
@@ -189,6 +191,7 @@ class Session:
             self.run.set_status("running", None, "training", step=self.progress.step, checkpoint=path.name)
 
         self.runtime.on_main(write)
+        self.runtime.at("between steps", self.progress.step)
         self.saved = self.progress.step
         self.drops = []
         self.clock = time.monotonic()
@@ -205,8 +208,11 @@ class Session:
 
         self.runtime.on_main(write)
 
-    def end(self, code: int) -> int:
-        """Note how the run ended, FINISHED or STOPPED (there is a checkpoint in either case); return the code."""
+    def end(self, code: int, asked: str = "") -> int:
+        """Note how the run ended, FINISHED or STOPPED (there is a checkpoint in either case); return the code.
+
+        `asked`: by what or on whose request, in words.
+        """
         step = f"at step {self.progress.step} of {self.steps}"
 
         def note() -> None:
@@ -219,7 +225,7 @@ class Session:
             if code == FINISHED:
                 self.run.set_status("finished", code, f"finished {step}", step=self.progress.step)
             else:
-                self.run.set_status("stopped", code, f"stopped on request {step}; run the same command to go on", step=self.progress.step)
+                self.run.set_status("stopped", code, f"stopped {asked} {step}; run the same command to go on", step=self.progress.step)
 
         self.runtime.on_main(note)
         return code
@@ -334,12 +340,30 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
             run.begin(recipe)
 
         runtime.on_main(take)
+        runtime.watch(
+            recipe.train.stall_seconds,
+            stacks=run.path / "stacks",
+            report=lambda message: run.set_status("failed", FAILED, message),
+            say=lambda line: print(line, flush=True),
+        )
         try:
             yield run
         except Exception as error:
             # while the lease is still held
             note_failure(run, error)
             raise
+
+
+def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> int:
+    """Note that the ranks agreed to stop while they were loading: the run is as it was. Return STOPPED."""
+    message = f"stopped {asked} while loading, before a step was made; run the same command to go on"
+
+    def note() -> None:
+        found = (run.status() or {}).get("checkpoint")
+        run.set_status("stopped", STOPPED, message, step=int(found.rpartition("-")[2]) if found else 0)
+
+    runtime.on_main(note)
+    return STOPPED
 
 
 def note_failure(run: RunDirectory, error: Exception) -> None:

@@ -11,75 +11,85 @@ from collections.abc import Sequence
 
 import torch
 
-from mistral_dist.config import Recipe, Train
-from mistral_dist.data.encode import load_encoder
+from mistral_dist.config import Recipe
+from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
-from mistral_dist.errors import FINISHED, STOPPED, MistralDistError
+from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, StopAgreed
 from mistral_dist.loss import refusing_infinity, summed_loss
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.process import StopRequest
-from mistral_dist.session import Session, StepResult, note_failure, open_run
+from mistral_dist.session import Session, StepResult, end_before_start, note_failure, open_run
 
 
-def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest) -> int:
-    """Train to the end, or to a stop request; return FINISHED or STOPPED."""
-    encoder = load_encoder(recipe)
-    feed = open_feed(recipe, encoder, runtime.rank, runtime.world_size)
-    session = Session.start(recipe, runtime, run, feed)
+def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
+    """Train to the end, or until the ranks agree to stop; return FINISHED or STOPPED."""
+    try:
+        session, encoder = load(recipe, runtime, run)
+    except StopAgreed as asked:
+        return end_before_start(runtime, run, asked)
 
-    while not session.is_finished():
-        if train_on(session, stop):
-            return session.end(STOPPED)
+    try:
+        while not session.is_finished():
+            train_on(session)
+    except StopAgreed as asked:
+        # in the middle of a step, which is not made: it will be done again
+        session.save()
+        return session.end(STOPPED, str(asked))
 
     session.save()
     session.publish_adapter(encoder.tokenizer)
     return session.end(FINISHED)
 
 
-def train_on(session: Session, stop: StopRequest) -> bool:
-    """Train from where the run stands to its last step, or until it has gone back; return whether it was asked to stop."""
+def load(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> tuple[Session, Encoder]:
+    """What training begins with. Raises StopAgreed between two stages where a rank was asked to stop."""
+    encoder = load_encoder(recipe)
+    runtime.agree_to_go_on()
+    feed = open_feed(recipe, encoder, runtime.rank, runtime.world_size)
+    runtime.agree_to_go_on()
+    return Session.start(recipe, runtime, run, feed), encoder
+
+
+def train_on(session: Session) -> None:
+    """Train from where the run stands to its last step, or until it has to go back."""
     stream = session.feed.stream
     for own in stream.from_cursor(session.progress.cursor):
         work = stream.agree(own, session.runtime.sum)
-        result = pass_over(session, work, stop) if session.passes_over(work) else step(session, work, stop)
+        result = pass_over(session, work) if session.passes_over(work) else step(session, work)
         session.advance(work, result)
         trouble = session.trouble()
         if trouble is not None:
             session.go_back(trouble)
-        elif result.stop or session.is_checkpoint_due():
-            session.save()
-        if result.stop:
-            return not session.is_finished()
-        if trouble is not None:
             break
-    return False
+        if session.is_checkpoint_due():
+            session.save()
 
 
-def step(session: Session, work: Work, stop: StopRequest) -> StepResult:
+def step(session: Session, work: Work) -> StepResult:
     """One optimizer step in which every target token of the global batch counts the same, or as much as its label weighs.
 
     The sum of their weights is known on every rank before the first forward: from the plan, or agreed on by the lanes. So
     each micro-batch gives its share of the mean, loss sum / weight, and nothing has to be rescaled afterwards.
     """
-    runtime, recipe = session.runtime, session.recipe
+    runtime, recipe, number = session.runtime, session.recipe, work.step + 1
     rate = lr_at(work.step, session.steps, recipe.optim)
     runtime.set_learning_rate(rate)
     losses: list[torch.Tensor] = []
-    for batch in work.batches:
+    for micro, batch in enumerate(work.batches, 1):
         seed_noise(recipe.train.seed, work.step, batch.slot)
-        with runtime.micro_step():
+        with runtime.micro_step(number, micro, is_empty=not batch.ids):
             loss = summed_loss(runtime.model, batch.to(runtime.device), recipe.train.label_smoothing_factor) / work.weight
             runtime.backward(refusing_infinity(loss))
         losses.append(loss.detach())
+    runtime.at("update", number)
     grad_norm = runtime.finish_step()
     own = torch.stack(losses).tolist()
-    mean, stops = runtime.sum([math.fsum(own) if all(map(math.isfinite, own)) else math.nan, float(stop.signal is not None)])
-    if math.isfinite(grad_norm):
-        return StepResult(mean, grad_norm, rate, stops > 0)
-    return StepResult(None, None, rate, stops > 0, *to_blame(work, own, mean))
+    (mean,) = runtime.sum([math.fsum(own) if all(map(math.isfinite, own)) else math.nan])
+    runtime.at("between steps", number)
+    return StepResult(mean, grad_norm, rate) if math.isfinite(grad_norm) else StepResult(None, None, rate, *to_blame(work, own, mean))
 
 
 def to_blame(work: Work, losses: Sequence[float], mean: float) -> tuple[str, tuple[str, ...]]:
@@ -90,11 +100,10 @@ def to_blame(work: Work, losses: Sequence[float], mean: float) -> tuple[str, tup
     return f"the {'loss' if is_loss else 'gradient'} is not finite", ids
 
 
-def pass_over(session: Session, work: Work, stop: StopRequest) -> StepResult:
+def pass_over(session: Session, work: Work) -> StepResult:
     """A step that leaves everything as it is."""
-    (stops,) = session.runtime.sum([float(stop.signal is not None)])
-    rate = lr_at(work.step, session.steps, session.recipe.optim)
-    return StepResult(None, None, rate, stops > 0, "the run went back, and passes it over")
+    session.runtime.agree_to_go_on()
+    return StepResult(None, None, lr_at(work.step, session.steps, session.recipe.optim), "the run went back, and passes it over")
 
 
 def main(words: list[str]) -> int:
@@ -102,9 +111,9 @@ def main(words: list[str]) -> int:
     try:
         recipe = Recipe.load(words[0] if words else "", words[1:])
         with StopRequest() as stop:
-            runtime = join(recipe)
+            runtime = join(recipe, stop)
             with open_run(recipe, runtime) as run:
-                code = train(recipe, runtime, run, stop)
+                code = train(recipe, runtime, run)
             runtime.close()
         return code
     except MistralDistError as error:
@@ -112,10 +121,10 @@ def main(words: list[str]) -> int:
         return error.exit_code
 
 
-def join(recipe: Recipe) -> Runtime:
+def join(recipe: Recipe, stop: StopRequest) -> Runtime:
     """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
     try:
-        return Runtime(recipe)
+        return Runtime(recipe, stop)
     except Exception as error:
         if holder(recipe.run_dir) is None:
             note_failure(RunDirectory(recipe.run_dir), error)

@@ -33,6 +33,7 @@ def start_training(
 
     `words` are the recipe's path and the overrides, as the workers will read them.
     """
+    started = time.monotonic()
     run = RunDirectory(recipe.run_dir)
     if config is not None and not config.is_file():
         raise RecipeError(f"--config-file {config}: no such file; configs/accelerate/ has some to start from")
@@ -50,10 +51,10 @@ def start_training(
         if old is not None:
             say(f"the old run is now {old}")
     _announce(line, run)
-    started = time.monotonic()
+    launched = time.monotonic()
     with following(run) as tick:
-        code = launcher.run(line, run.log, tick)
-    return _ended(run, code, status, time.monotonic() - started)
+        code = launcher.run(line, run.log, tick, started)
+    return _ended(run, code, status, time.monotonic() - launched)
 
 
 def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes: int | None = None) -> dict[str, Any]:

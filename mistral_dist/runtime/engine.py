@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,18 +21,21 @@ from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitPr
 from mistral_dist.config import Recipe
 from mistral_dist.errors import MachineError, MistralDistError, RecipeError, TrainingError
 from mistral_dist.runtime import process, shards
+from mistral_dist.runtime.control import Control, Deadline
+from mistral_dist.runtime.pace import Pace
+from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch
 
 T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)
-"""A collective that waits longer than this has lost a rank."""
+"""A collective that waits longer than this has lost a rank; longer still where train.stall_seconds is, which names it first."""
 
 
 class Runtime:
     """One rank among its peers."""
 
-    def __init__(self, recipe: Recipe | None = None) -> None:
-        """Join the other ranks; with a recipe, to train it. Raises RecipeError or MachineError for what cannot be."""
+    def __init__(self, recipe: Recipe | None = None, stop: process.StopRequest | None = None) -> None:
+        """Join the other ranks; with a recipe, to train it, until `stop`. Raises RecipeError or MachineError for what cannot be."""
         process.die_with_launcher()
         self.world_size = int(process.environment("WORLD_SIZE", "1"))
         self.rank = int(process.environment("RANK", "0"))
@@ -57,7 +61,7 @@ class Runtime:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
             # without a named backend Accelerate takes a CPU rank under DeepSpeed for a lone process; a process that is
             # alone it would make wait for a group
-            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=TIMEOUT)] if grouped else [],
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo", timeout=_patience(recipe))] if grouped else [],
         )
         if self._accelerator.num_processes != self.world_size:
             raise TrainingError(
@@ -67,6 +71,32 @@ class Runtime:
         self.model: Any = None
         self._optimizer: Any = None
         self._grad_norm = 0.0
+        self.place = Place()
+        self._arrived = time.monotonic()
+        self._took: dict[str, float] = {}
+        self._pace = Pace(self.device)
+        self._watch: Watch | None = None
+        deadline = Deadline(process.launched(), recipe.train.max_seconds if recipe else None)
+        self._control = Control(self.world_size, stop or process.StopRequest(), deadline, _patience(recipe))
+
+    def at(self, phase: str, step: int | None = None, micro: int | None = None) -> None:
+        """Note where this rank stands now; for the watch. Every rank makes the same calls in the same order."""
+        now = time.monotonic()
+        self._took[self.place.phase] = now - self._arrived
+        self._arrived = now
+        self.place = Place(self.place.moves + 1, phase, step, micro)
+
+    def agree_to_go_on(self) -> None:
+        """Where nothing is half done. Raises StopAgreed where any rank was asked to stop. A collective, which waits."""
+        self._control.agree(self._took.get("saving"))
+
+    def watch(self, stall_seconds: float | None, stacks: Path, report: Callable[[str], None], say: Callable[[str], None]) -> None:
+        """Look after the other ranks from now on, and be looked after; see watch.py."""
+        if stall_seconds is not None and self.world_size > 1:
+            self._watch = Watch(
+                self.rank, self.world_size, _board(), stall_seconds,
+                place=lambda: self.place, pace=lambda: self._pace.median(ENOUGH), stacks=stacks, report=report, say=say,
+            )  # fmt: skip
 
     @property
     def is_main(self) -> bool:
@@ -89,10 +119,19 @@ class Runtime:
             group["lr"] = rate
 
     @contextmanager
-    def micro_step(self) -> Iterator[None]:
-        """Around the forward and backward of one micro-batch: gradients are exchanged at the step's last one only."""
+    def micro_step(self, step: int, micro: int, *, is_empty: bool = False) -> Iterator[None]:
+        """Around the forward and backward of one micro-batch: gradients are exchanged at the step's last one only.
+
+        `step` and `micro` count from 1. Raises StopAgreed where any rank was asked to stop: then the step is not made, what
+        it has accumulated counts for nothing, and it is done again.
+        """
+        self._control.check(self._took.get("saving"))
+        self.at("forward", step, micro)
+        if not is_empty:
+            self._pace.begin()
         with self._accelerator.accumulate(self.model):
             yield
+        self.at("between micro-steps", step, micro)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagate a loss that is already divided by the global number of targets.
@@ -101,6 +140,8 @@ class Runtime:
         Those two divisions are undone here, and nowhere else. Under DeepSpeed the last call of a step also clips,
         updates and zeroes.
         """
+        self._pace.end()
+        self.at("backward", self.place.step, self.place.micro)
         self._accelerator.backward(loss * (self.world_size * self._accumulation))
 
     def finish_step(self) -> float:
@@ -186,8 +227,11 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the group; ranks that have finished wait here for those that have not."""
+        self._control.finish()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+            if self._watch is not None:
+                self._watch.close()
             torch.distributed.destroy_process_group()
 
     def _kept_on_main(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -195,6 +239,20 @@ class Runtime:
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.bare_model.named_parameters() if p.requires_grad}
+
+
+def _patience(recipe: Recipe | None) -> datetime.timedelta:
+    """How long ranks wait for each other in a collective."""
+    stall = recipe.train.stall_seconds if recipe is not None else None
+    return max(TIMEOUT, datetime.timedelta(seconds=ONLY_WAITING * (stall or 0.0)))
+
+
+def _board() -> torch.distributed.Store:
+    """A connection of its own to the store by which the ranks met: the main thread may wait in the other one."""
+    address, port = process.environment("MASTER_ADDR"), int(process.environment("MASTER_PORT"))
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=30), wait_for_workers=False)
+    attempt = process.environment("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"mistral-dist/{attempt}", store)
 
 
 def seed_noise(seed: int, step: int, slot: int) -> None:

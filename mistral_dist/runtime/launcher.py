@@ -65,12 +65,13 @@ def threads_per_process(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def run(line: Line, log: Path, tick: Callable[[], None]) -> int:
+def run(line: Line, log: Path, tick: Callable[[], None], started: float | None = None) -> int:
     """Run a line to its end, its output in `log`; return its exit code (0 or not, see Accelerate).
 
-    `tick` is called several times a second. A stop signal goes on to the workers, once; they save and end by themselves.
+    `started`: when the user asked for it, on the monotonic clock; train.max_seconds counts from there. `tick` is called several
+    times a second. A stop signal goes on to the workers, once; they save and end by themselves.
     """
-    environment = {**os.environ, process.LAUNCHER: process.identity()}
+    environment = {**os.environ, process.LAUNCHER: process.identity(), process.STARTED: str(started or time.monotonic())}
     if not line.gpus:
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(line.processes or 1)))
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *line.arguments()]

@@ -14,6 +14,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHER = "MISTRAL_DIST_LAUNCHER"
 """The `identity` of the `mistral-dist` process that started a worker."""
 
+STARTED = "MISTRAL_DIST_STARTED"
+"""When the `mistral-dist` process that started a worker was asked to, on this machine's monotonic clock, in seconds."""
+
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _PR_SET_PDEATHSIG = 1
@@ -68,6 +71,17 @@ def _identity(pid: int) -> str | None:
         return None
     started = rest[18]  # field 22 of proc(5): clock ticks from boot to start
     return None if state in "ZX" else f"{pid}:{started}:{BOOT.read_text().strip()[:8]}"
+
+
+def launched() -> float:
+    """When this launch began, on the monotonic clock: told by the launcher, else when this process started."""
+    told = environment(STARTED)
+    now = time.monotonic()
+    # a value of another machine, or of before its last start, says nothing here
+    if environment(LAUNCHER) and told and float(told) <= now:
+        return float(told)
+    started = int(identity().split(":")[1]) / os.sysconf("SC_CLK_TCK")
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def ask_for_death_with_parent() -> None:
