@@ -30,7 +30,7 @@ def test_float32_losses_and_order_agree_under_every_topology(write_recipe: Write
     alone = runs["one process"]
     assert len(losses(alone)) == STEPS
     order = lines(alone / "data_order.jsonl")
-    _each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe))
+    each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe))
     for name, run in runs.items():
         assert lines(run / "data_order.jsonl") == order, name
         worst = max(abs(a - b) for a, b in zip(losses(run), losses(alone), strict=True))
@@ -39,12 +39,13 @@ def test_float32_losses_and_order_agree_under_every_topology(write_recipe: Write
     assert losses(alone)[-1] < losses(alone)[0]
 
 
-def _each_example_once_an_epoch(ids: list[str], recipe: Recipe) -> None:
+def each_example_once_an_epoch(ids: list[str], recipe: Recipe, at_least: int = 2) -> None:
+    """In each whole epoch that these ids are."""
     manifest = read_manifest(recipe.data_dir)
     assert manifest is not None
     train = sorted(Prepared(recipe.data_dir, manifest).split("train")["id"])
     epochs = len(ids) // len(train)
-    assert epochs >= 2
+    assert epochs >= at_least
     for epoch in range(epochs):
         assert sorted(ids[epoch * len(train) : (epoch + 1) * len(train)]) == train
 

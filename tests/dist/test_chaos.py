@@ -1,0 +1,92 @@
+"""A run that is killed again and again, at random moments, on machines drawn at random, ends as if nothing had happened.
+
+    make chaos                      20 kills each, some 15 minutes on 2 cores
+    make chaos SEED=7 KILLS=50      another draw
+"""
+
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mistral_dist.config import Recipe
+from tests.conftest import WriteRecipe
+from tests.dist.test_resume import assert_same_run
+from tests.dist.test_topologies import each_example_once_an_epoch
+from tests.launch import kill, lines, losses, losses_so_far, mistral_dist, train, training, wait_for, workers
+
+SEED = int(os.environ.get("SEED", "0"))
+KILLS = int(os.environ.get("KILLS", "3"))
+SAVE_EVERY = 3
+A_LIFE = 4
+"""Steps past its checkpoint after which a process group is killed, at most; more than between two checkpoints, so that the run gets on."""
+STEPS = (A_LIFE + 4) * KILLS + 6
+"""A group makes a few more before the kill comes."""
+BFLOAT16 = "model.dtype=bfloat16"
+TOPOLOGIES = [(1, 0), *((processes, zero) for processes in (1, 2, 3, 4) for zero in (1, 2, 3))]
+
+
+def kill_at_random(rng: random.Random, run: Path, started: int) -> str:
+    """SIGKILL to the launcher, to one worker, or to all at once; return whom. Whoever is left ends by itself."""
+    everyone = psutil.Process(started).children(recursive=True)
+    whom = rng.choice(["the launcher", "a worker", "all"])
+    chosen = {"the launcher": [started], "a worker": [rng.choice(everyone).pid], "all": [started, *(child.pid for child in everyone)]}
+    for pid in chosen[whom]:
+        kill(pid)
+    wait_for(lambda: not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not workers(run))
+    return whom
+
+
+def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: list[tuple[int, int]], *overrides: str) -> Counter[str]:
+    """All the lives of a run but its last; return what they met."""
+    met: Counter[str] = Counter()
+    for _ in range(KILLS):
+        processes, zero = rng.choice(topologies)
+        made = len(losses_so_far(run)) if (run / "metrics.jsonl").is_file() else 0
+        saved = max((int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*")), default=0)
+        until = min(max(made, saved + rng.randint(1, A_LIFE)), STEPS - 1)
+        began = time.monotonic()
+        with training(recipe, run, *overrides, until=until, processes=processes, zero=zero) as started:
+            time.sleep(rng.uniform(0, 0.8))
+            is_saving = any((run / "checkpoints").glob(".aside-*"))
+            whom = kill_at_random(rng, run, started.pid)
+        met.update({f"{processes} x ZeRO-{zero}": 1, whom: 1, "inside a save": is_saving})
+        print(f"{processes} x ZeRO-{zero}: {whom} killed after {time.monotonic() - began:.0f} s, from step {saved} on", flush=True)
+    return met
+
+
+@pytest.fixture
+def recipe(write_recipe: WriteRecipe) -> Path:
+    recipe = write_recipe(
+        train={"steps": STEPS, "epochs": 40, "global_batch_size": 4, "gradient_checkpointing": False}, checkpoint={"save_steps": SAVE_EVERY}
+    )
+    assert mistral_dist("prepare", recipe).returncode == 0
+    return recipe
+
+
+def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
+    """World sizes 1 to 4, every ZeRO stage: the same examples, each once an epoch; in float32 the same losses within rounding."""
+    straight, run = train(recipe, tmp_path / "straight", processes=1, zero=0), tmp_path / "run"
+    met = live_and_die(random.Random(SEED), recipe, run, TOPOLOGIES)
+    train(recipe, run, processes=2, zero=2)
+    order = lines(run / "data_order.jsonl")
+    assert order == lines(straight / "data_order.jsonl")
+    each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe), at_least=0)
+    assert [entry["step"] for entry in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    worst = max(abs(a - b) for a, b in zip(losses(run), losses(straight), strict=True))
+    print(f"seed {SEED}, {KILLS} kills in {STEPS} steps ({dict(met)}): losses within {worst:.1e} of the run never killed")
+    assert worst <= 1e-3
+
+
+def test_on_the_same_machines(recipe: Path, tmp_path: Path) -> None:
+    """ZeRO-2 x 2 in bfloat16: the same bits."""
+    straight, run = train(recipe, tmp_path / "straight", BFLOAT16), tmp_path / "run"
+    met = live_and_die(random.Random(SEED + 1), recipe, run, [(2, 2)], BFLOAT16)
+    train(recipe, run, BFLOAT16)
+    assert_same_run(run, straight, last=STEPS)
+    print(f"seed {SEED}, {KILLS} kills in {STEPS} steps ({dict(met)}): every bit equal")
