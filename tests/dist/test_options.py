@@ -5,8 +5,6 @@ next step, each by itself, the loss that the run went on with.
 """
 
 import json
-import os
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +19,31 @@ from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import from_record
 from mistral_dist.data.shards import read_shards
+from mistral_dist.data.split import SPLITS
 from mistral_dist.model import load_tuned
 from mistral_dist.optim import lr_at
-from tests.conftest import LABELS, WriteRecipe
+from tests.conftest import WriteRecipe
 from tests.launch import kill, lines, losses, metrics, mistral_dist, train, training, wait_for, workers
 
 STEPS = 5
 WEIGHTS = {"numpy": 4.0, "pandas": 0.25}
 OPTIONS = {
-    "rsLoRA on chosen layers, linear": [
+    "rsLoRA on chosen layers, weights, smoothing, linear": [
         "lora.use_rslora=true",
         "lora.target_modules=[q_proj, v_proj, layers.1.mlp.down_proj]",
         "lora.lora_alpha=3",
         "optim.lr_scheduler_type=linear",
+        f"task.class_weights={json.dumps(WEIGHTS)}",
+        "train.label_smoothing_factor=0.1",
     ],
     "LoRA on a bfloat16 base, constant": ["model.quantization=none", "model.dtype=bfloat16", "optim.lr_scheduler_type=constant"],
-    "class weights and smoothing, cosine": [f"task.class_weights={json.dumps(WEIGHTS)}", "train.label_smoothing_factor=0.1"],
-    "class weights of a stream": [f"task.class_weights={json.dumps(WEIGHTS)}", "data.streaming=true", "data.block=16"],
+    "class weights of a stream, cosine": [f"task.class_weights={json.dumps(WEIGHTS)}", "data.streaming=true", "data.block=16"],
 }
 
 
 @pytest.fixture(scope="module")
 def recipe(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few steps, each with a checkpoint, prepared; a third of the examples has the first label."""
+    """A few steps, each with a checkpoint, prepared."""
     write = recipe_writer(tmp_path_factory.mktemp("options"))
     made = write(
         train={"steps": STEPS, "global_batch_size": 4},
@@ -91,7 +91,7 @@ class Plain:
         """The weighted mean over the targets of these examples, each alone in a forward."""
         encoder, weights = load_encoder(self.recipe), self.recipe.task.class_weights or {}
         assert isinstance(weights, dict)
-        records = {record["id"]: record for split in ("train", "validation", "test") for record in read_shards(self.recipe.data_dir / split)}
+        records = {record["id"]: record for split in SPLITS for record in read_shards(self.recipe.data_dir / split)}
         total, weight = 0.0, 0.0
         for record in (records[id] for id in ids):
             encoded = encoder.encode(from_record(record))
@@ -140,6 +140,7 @@ def test_an_option_means_on_any_ranks_what_it_means_to_plain_peft(recipe: Path, 
     shared = train(recipe, tmp_path / "shared", *overrides, processes=2, zero=2)
     optim = Recipe.load(recipe, overrides).optim
     for run in (alone, shared):
+        assert losses(run)[-1] < losses(run)[0]
         assert_every_tensor_moved(run)
         assert [entry["learning_rate"] for entry in metrics(run)] == [lr_at(step, STEPS, optim) for step in range(STEPS)]
         assert_plain_peft_agrees(recipe, overrides, run, STEPS, within=rounding)
@@ -157,7 +158,8 @@ def assert_goes_on_to_the_same_bits(recipe: Path, overrides: Sequence[str], want
         wait_for(lambda: not workers(run))
     train(recipe, run, *overrides, zero=zero)
     assert "going on from checkpoint-" in (run / "log.txt").read_text()
-    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", f"checkpoints/checkpoint-{STEPS}/optimizer.safetensors"):
+    last = f"checkpoints/checkpoint-{STEPS}/optimizer.safetensors"
+    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", last):
         assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
     assert metrics(run) == metrics(wanted)
 
@@ -177,14 +179,12 @@ def test_layers_trained_whole_are_the_same_under_every_stage_and_through_a_kill(
 
 
 def test_dropout_is_the_slot_s(recipe: Path, untied_model: Path, tmp_path: Path) -> None:
-    """The same noise through a kill, and on other ranks where a micro-batch is one pack; with two it is another."""
-    overrides = [f"model.path={untied_model}", "lora.lora_dropout=0.5", "lora.lora_alpha=16"]
+    """The same noise through a kill, in recomputed layers, and on other ranks where a micro-batch is one pack; with two it is another."""
+    overrides = [f"model.path={untied_model}", "lora.lora_dropout=0.5", "lora.lora_alpha=16", "train.gradient_checkpointing=true"]
     run = train(recipe, tmp_path / "run", *overrides)
     assert_goes_on_to_the_same_bits(recipe, overrides, run, tmp_path / "killed", zero=2)
-    alone = losses(train(recipe, tmp_path / "alone", *overrides, processes=1, zero=0))
+    alone = losses(train(recipe, tmp_path / "alone", *overrides, "train.gradient_checkpointing=false", processes=1, zero=0))
     assert max(abs(a - b) for a, b in zip(losses(run), alone, strict=True)) <= 1e-4
     pairs = losses(train(recipe, tmp_path / "pairs", *overrides, "train.micro_batch_size=2", processes=1, zero=0))
-    silent = losses(train(recipe, tmp_path / "silent", *overrides, "lora.lora_dropout=0", processes=1, zero=0))
-    for other in (pairs, silent):
-        assert max(abs(a - b) for a, b in zip(other, alone, strict=True)) > 1e-3
+    assert max(abs(a - b) for a, b in zip(pairs, alone, strict=True)) > 1e-3
     assert abs(pairs[0] / alone[0] - 1) < 0.05

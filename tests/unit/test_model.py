@@ -275,6 +275,13 @@ def test_layers_trained_whole_are_float32_named_as_in_peft_and_no_other_model(re
     assert all(gradient[name].abs().max() > 0 for name in gradient if "modules_to_save" in name)
 
 
+def test_adapters_of_embeddings_are_named_as_in_peft(recipe: Callable[..., Recipe]) -> None:
+    model = add_adapter(untied(recipe()), Lora(target_modules=("embed_tokens", "lm_head")), "x", 0)
+    assert {peft_name(name) for name in adapter_parameters(model)} == set(
+        peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    )
+
+
 def test_chosen_layers_are_those_that_are_named(recipe: Callable[..., Recipe]) -> None:
     model = add_adapter(load_base(recipe().model, CPU, "sdpa"), Lora(target_modules=("q_proj", "layers.1.mlp.up_proj")), "x", 0)
     layers = {name.split(".lora_")[0].partition("layers.")[2] for name in adapter_parameters(model)}
