@@ -32,6 +32,7 @@ from mistral_dist.guards import Guard
 Tensors = Mapping[str, torch.Tensor]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
 NAME = re.compile(r"checkpoint-(\d+)")
+ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def peft_name(parameter: str) -> str:
-    """A parameter's name in PEFT's files, which leave out the adapter's own name; a layer that is trained whole has its own name."""
-    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    """A parameter's name in PEFT's files, which leave out the adapter's own name; a layer that is trained whole is named as in the base."""
+    return ADAPTER_NAME.sub("", parameter)
 
 
 def latest_good(folder: Path) -> tuple[Path | None, list[str]]:

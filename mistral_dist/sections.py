@@ -79,7 +79,7 @@ class Lora(Section):
     chooses one layer: layers.0.self_attn.q_proj."""
     modules_to_save: Strings = ()
     """Layers that are trained whole, beside the adapter, and saved with it: [embed_tokens, lm_head] after new tokens were added.
-    They are held in float32 with two moments, 12 bytes a parameter, and must not be in 4 bits or share their matrix (a base
+    They take 16 bytes a parameter in training (float32, gradient, two moments), and must not be in 4 bits or share their matrix (a base
     that ties its embedding to its head)."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""

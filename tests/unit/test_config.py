@@ -114,11 +114,41 @@ def test_a_mistake_is_one_line_with_place_and_remedy(recipe: Callable[[str], Pat
         ("data.benchmarks=[{path: b.jsonl, weight: 2}]", ["data.benchmarks.0: is only compared with"]),
         ("data.benchmarks=[b.jsonl]", ["override: data.benchmarks.0", "write {path: b.jsonl}"]),
         ("data.sources=[]", ["override: data.sources: must have an entry"]),
+        ("task.class_weights=balancd", ["override: task.class_weights: must be balanced or a weight for each label", "'balancd'"]),
+        ("task.class_weights={c: 2}", ["task.class_weights: 'c' is none of task.labels (a, b)"]),
+        ("task.class_weights={a: 0}", ["override: task.class_weights.a: input should be greater than 0, but it is 0"]),
+        ("train.label_smoothing=0.1", ["override: train.label_smoothing", "here it is train.label_smoothing_factor"]),
+        ("train.label_smoothing_factor=1", ["train.label_smoothing_factor: input should be less than 1"]),
+        ("model.attention=flex_attention", ["override: model.attention: input should be 'auto'", "'sdpa' or 'eager'", "flex_attention"]),
+        ("lora.target_modules=.*_proj", ["must be all-linear or a list of names", "'.*_proj' (patterns are not supported)"]),
+        ("lora.use_dora=true", ["override: lora.use_dora: no such field", "DoRA is not supported"]),
+        ("lora.loftq_config={}", ["override: lora.loftq_config: no such field", "LoftQ is not supported"]),
+        ("lora.init_lora_weights=pissa", ["override: lora.init_lora_weights: input should be a valid boolean", "'pissa'"]),
         ("data.benchmarks=[{pth: b.jsonl}]", ["data.benchmarks.0.pth: no such field", "data.benchmarks.0.path"]),
     ],
 )
 def test_a_wrong_override_says_so(recipe: Callable[[str], Path], override: str, words: list[str]) -> None:
     message = refusal(recipe(GOOD), override)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["data.streaming=true", "train.steps=3", "task.class_weights=balanced"],
+            ["task.class_weights: balanced needs the number of examples", "task.class_weights={spam: 3.0}", "data.streaming=false"],
+        ),
+        (["task.kind=pretrain", "task.labels=[]", "task.class_weights={a: 2}"], ["task.class_weights: only task.kind=classification"]),
+        (
+            ["lora.target_modules=[q_proj, lm_head]", "lora.modules_to_save=[lm_head]"],
+            ["lora.modules_to_save: lm_head is in target_modules"],
+        ),
+    ],
+)
+def test_what_does_not_go_together_says_so(recipe: Callable[[str], Path], overrides: list[str], words: list[str]) -> None:
+    message = refusal(recipe(GOOD), *overrides)
     for word in words:
         assert word in message
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ class Lengths:
 
 
 def encoded(length: int) -> Encoded:
-    return Encoded([7] * length, list(range(1, length)))
+    return Encoded([7] * length, list(range(1, length)), weight=1.0 + length % 3)
 
 
 def source(*sizes: int, index: int = 0, weight: float = 1.0, marks: str = "") -> Streamed:
@@ -87,9 +88,10 @@ class Group:
         """(the agreed work, the ids of each slot, the cursor as a checkpoint holds it, the drops) of each step."""
         for own in zip(*(rank.from_cursor(cursor) for rank in self.ranks), strict=True):
             agreed = self.agreed(own)
-            assert len({(w.step, w.targets, w.tokens, w.examples, w.dropped, w.epoch, len(w.batches)) for w in agreed}) == 1
-            weights = sum(float(batch.weights.sum()) for work in own for batch in work.batches)
-            assert weights == agreed[0].targets, "fillers count as targets, or a target is missing"
+            assert len({(w.step, w.targets, w.weight, w.tokens, w.examples, w.dropped, w.epoch, len(w.batches)) for w in agreed}) == 1
+            weights = torch.cat([batch.weights for work in own for batch in work.batches])
+            assert int((weights > 0).sum()) == agreed[0].targets, "fillers count as targets, or a target is missing"
+            assert float(weights.sum()) == agreed[0].weight
             slots = sorted(entry for work in own for batch in work.batches for entry in batch.ids)
             assert [slot for slot, _ in slots] == list(range(self.ranks[0].rules.lanes)), "a slot is empty or served twice"
             drops = sorted((drop for work in own for drop in work.drops), key=lambda entry: entry[0])

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
+from sklearn.utils.class_weight import compute_class_weight
 
 from mistral_dist.config import Data, Model, Recipe, Source, Task
 from mistral_dist.data.audit import written
@@ -494,7 +496,7 @@ def test_a_changed_section_is_noticed(write_recipe: WriteRecipe, prepared: Make,
 def test_what_does_not_touch_the_data_needs_no_new_ones(write_recipe: WriteRecipe, prepared: Make, tokenizer: Any) -> None:
     path = write_recipe()
     prepared(path)
-    changed = Recipe.load(path, ["optim.learning_rate=1e-5", "train.seed=9", "lora.r=2"])
+    changed = Recipe.load(path, ["optim.learning_rate=1e-5", "train.seed=9", "lora.r=2", "task.class_weights=balanced"])
     open_prepared(changed, Encoder(tokenizer, changed.task))
 
 
@@ -756,3 +758,28 @@ def test_a_stream_prepares_what_it_is_tested_on(
     audit = (found.path / "audit.md").read_text()
     assert "the streamed train data: not compared" in audit
     assert "streamed, not read here" in audit
+
+
+def test_the_classes_weigh_what_the_recipe_says(
+    write_recipe: WriteRecipe, prepared: Make, tokenizer: Any, texts: list[dict[str, str]]
+) -> None:
+    """balanced: as in scikit-learn, of the train split, so that all classes together weigh the same."""
+    path = write_recipe(
+        rows=texts[:200] + [{"text": f"More of it, {n}: {text['text']}", "label": "numpy"} for n, text in enumerate(texts[200:])]
+    )
+    _, found = prepared(path)
+    labels = [record["label"] for record in records(found, "train")]
+    assert found.label_counts("train") == Counter(labels)
+    wanted = compute_class_weight("balanced", classes=np.array(sorted(set(labels))), y=labels)
+    balanced = dict(zip(sorted(set(labels)), wanted.astype(np.float32).tolist(), strict=True))
+    assert balanced["numpy"] < 0.5 < 1 < balanced["pandas"]
+    for override, weights in (("balanced", balanced), ("{numpy: 0.1, pandas: 3}", {"numpy": float(np.float32(0.1)), "pandas": 3.0})):
+        recipe = Recipe.load(path, [f"task.class_weights={override}", "train.micro_batch_size=3"])
+        label_of = {record["id"]: record["label"] for record in records(found, "train")}
+        ranks = [open_feed(recipe, Encoder(tokenizer, recipe.task), rank, 2).stream for rank in range(2)]
+        for step in range(ranks[0].steps):
+            works = [stream.work(step) for stream in ranks if isinstance(stream, Stream)]
+            assert works[0].weight == works[1].weight == sum(float(b.weights.double().sum()) for work in works for b in work.batches)
+            shown = Counter(label_of[id] for work in works for b in work.batches for _, ids in b.ids for id in ids)
+            found_weights = {float(weight) for work in works for b in work.batches for weight in b.weights if weight}
+            assert found_weights == {weights.get(label, 1.0) for label in shown}

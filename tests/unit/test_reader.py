@@ -25,8 +25,8 @@ def recipe(folder: Path, model: Path, task: dict[str, object], **data: object) -
     return Recipe.load(folder / "recipe.yaml")
 
 
-def reader(loaded: Recipe, encoder: Encoder) -> BlockReader:
-    return BlockReader(Cleaner(loaded, encoder, Benchmark(read_benchmarks(loaded))))
+def reader(loaded: Recipe, encoder: Encoder, label_weights: "dict[str, float] | None" = None) -> BlockReader:
+    return BlockReader(Cleaner(loaded, encoder, Benchmark(read_benchmarks(loaded))), label_weights)
 
 
 def row(source: int, n: int, values: "dict[str, str] | str") -> tuple[int, Row]:
@@ -58,6 +58,10 @@ def test_rows_are_read_by_their_source_and_drops_are_told(small_model: Path, tmp
         (4, "b.jsonl:3", "unknown_label", True),
     ]
     assert [n for n, _ in read.drops if n == 5] == [5]
+    weighted = reader(loaded, encoder, {"y": 2.5}).block(
+        [row(0, 1, {"text": "one", "label": "x"}), row(1, 1, {"body": "two", "label": "y"})]
+    )
+    assert [found.weight for _, found in weighted.examples] == [1.0, 2.5]
 
 
 def test_a_long_text_is_cut_into_pieces_that_are_the_text(small_model: Path, tmp_path: Path) -> None:

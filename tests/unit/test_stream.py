@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ class Numbered:
         self.lengths = lengths
 
     def encode(self, indices: Sequence[int]) -> list[tuple[str, Encoded]]:
-        return [(f"id{n}", Encoded([n] * self.lengths[n], list(range(1, self.lengths[n])))) for n in indices]
+        return [(f"id{n}", Encoded([n] * self.lengths[n], list(range(1, self.lengths[n])), weight=1.0 + n % 3)) for n in indices]
 
 
 def stream(
@@ -32,7 +33,8 @@ def stream(
 ) -> Stream:
     tokens = np.array(lengths)
     plan = Plan(tokens, capacity=64, seed=3, epochs=epochs, global_batch_size=batch, steps=steps)
-    return Stream(plan, Numbered(lengths), (tokens, tokens - 1), rank=rank, world_size=world, micro_batch_size=micro)
+    weights = 1.0 + np.arange(len(lengths)) % 3
+    return Stream(plan, Numbered(lengths), (tokens, tokens - 1), rank=rank, world_size=world, micro_batch_size=micro, weights=weights)
 
 
 def order(ranks: list[Stream]) -> list[list[str]]:
@@ -75,12 +77,14 @@ def test_the_order_does_not_depend_on_ranks_or_micro_batches(lengths: list[int],
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths_of, batch=st.integers(1, 9), world=st.integers(1, 8), micro=st.integers(1, 4))
 def test_ranks_take_the_same_number_of_forwards_and_count_every_target(lengths: list[int], batch: int, world: int, micro: int) -> None:
+    """And every rank knows the sum of the weights of the whole global batch, before any forward."""
     ranks = [stream(lengths, batch, rank, min(world, batch), micro) for rank in range(min(world, batch))]
     for step in range(ranks[0].plan.steps):
         works = [rank.work(step) for rank in ranks]
         assert len({len(work.batches) for work in works}) == 1
-        assert sum(float(b.weights.sum()) for work in works for b in work.batches) == works[0].targets
-        assert len({(work.targets, work.tokens, work.examples, work.epoch, work.cursor) for work in works}) == 1
+        assert sum(int((b.weights > 0).sum()) for work in works for b in work.batches) == works[0].targets
+        assert sum(float(b.weights.sum()) for work in works for b in work.batches) == works[0].weight
+        assert len({(work.targets, work.weight, work.tokens, work.examples, work.epoch, work.cursor) for work in works}) == 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -157,6 +161,12 @@ def test_a_row_restarts_positions_and_knows_its_targets() -> None:
     assert row["predict_from"].tolist() == [1, 3]
     assert row["targets"].tolist() == [9, 6]
     assert row["weights"].tolist() == [1, 1]
+
+
+def test_the_targets_of_an_example_have_its_weight() -> None:
+    row = collate([Encoded([7, 8, 9], [1, 2], weight=0.5), Encoded([5, 6], [1]), Encoded([3, 4], [1], weight=3.0)])
+    assert row["weights"].tolist() == [0.5, 0.5, 1, 3]
+    assert row["weights"].dtype is torch.float32
 
 
 def test_an_empty_pack_has_a_target_that_weighs_nothing() -> None:
