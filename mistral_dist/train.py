@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from mistral_dist.checkpoint import versions
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import open_feed
@@ -18,6 +19,7 @@ from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, StopAgreed,
 from mistral_dist.loss import summed_loss
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
+from mistral_dist.runtime.drift import code_fingerprint, recipe_facts
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.process import StopRequest
 from mistral_dist.session import Session, StepResult, end_before_start, note_failure, open_run
@@ -39,6 +41,7 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
                 session.save()
     except StopAgreed as asked:
         # in the middle of a step, which is not made: it will be done again
+        session.say(f"stopping {asked}; left off at {runtime.place}")
         session.save()
         return session.end(STOPPED, str(asked))
 
@@ -66,7 +69,7 @@ def step(runtime: Runtime, work: Work, rate: float, seed: int) -> StepResult:
     total = torch.zeros((), device=runtime.device)
     for micro, batch in enumerate(work.batches, 1):
         seed_noise(seed, work.step, batch.slot)
-        with runtime.micro_step(work.step + 1, micro, is_empty=not batch.ids):
+        with runtime.micro_step(work.step + 1, micro, batch.packs):
             loss = summed_loss(runtime.model, batch.to(runtime.device)) / work.targets
             runtime.backward(loss)
         total += loss.detach()
@@ -97,7 +100,10 @@ def main(words: list[str]) -> int:
 def join(recipe: Recipe, stop: StopRequest) -> Runtime:
     """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
     try:
-        return Runtime(recipe, stop)
+        runtime = Runtime(recipe, stop)
+        stage = {"ZeRO stage": str(runtime.zero_stage)}
+        runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **stage, **versions(), **recipe_facts(recipe)})
+        return runtime
     except Exception as error:
         if holder(recipe.run_dir) is None:
             note_failure(RunDirectory(recipe.run_dir), error)

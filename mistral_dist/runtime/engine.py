@@ -1,4 +1,4 @@
-"""The ranks: devices, preparing the model, backward, reductions, stop requests.
+"""The ranks: devices, preparing the model, backward, reductions.
 
 Accelerate starts the process group and wraps the model, in DeepSpeed ZeRO where `accelerate launch` says so and in plain
 data parallelism otherwise. The rooms above see one interface; which of the two is behind it shows nowhere.
@@ -7,8 +7,9 @@ data parallelism otherwise. The rooms above see one interface; which of the two 
 import datetime
 import json
 import random
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import MachineError, MistralDistError, RecipeError, TrainingError
+from mistral_dist.errors import MachineError, MistralDistError, RecipeError, RunError, TrainingError
 from mistral_dist.runtime import process, shards
 from mistral_dist.runtime.control import Control, Deadline
+from mistral_dist.runtime.drift import drift
+from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory, standing
 from mistral_dist.runtime.pace import Pace
 from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch
 
@@ -74,6 +77,8 @@ class Runtime:
         self._arrived = time.monotonic()
         self._took: dict[str, float] = {}
         self._pace = Pace(self.device)
+        self._packs: Sequence[int] = ()
+        self._recipe = recipe
         self._watch: Watch | None = None
         deadline = Deadline(process.launched(), recipe.train.max_seconds if recipe else None)
         self._control = Control(self.world_size, stop or process.StopRequest(), deadline, _patience(recipe))
@@ -84,6 +89,13 @@ class Runtime:
         self._took[self.place.phase] = now - self._arrived
         self._arrived = now
         self.place = Place(self.place.moves + 1, phase, step, micro)
+
+    def refuse_drift(self, facts: Mapping[str, str]) -> None:
+        """Raise RunError, the same on every rank, where a rank knows other facts than the rest. A collective."""
+        everywhere = self.gather((dict(facts), socket.gethostname()))
+        found = drift([of_rank for of_rank, _ in everywhere], [host for _, host in everywhere])
+        if found is not None:
+            raise RunError(f"the ranks are not alike: {found}; make them the same on all machines")
 
     def agree_to_go_on(self) -> None:
         """Where nothing is half done. Raises StopAgreed where any rank was asked to stop. A collective, which waits."""
@@ -118,15 +130,16 @@ class Runtime:
             group["lr"] = rate
 
     @contextmanager
-    def micro_step(self, step: int, micro: int, *, is_empty: bool = False) -> Iterator[None]:
+    def micro_step(self, step: int, micro: int, packs: Sequence[int]) -> Iterator[None]:
         """Around the forward and backward of one micro-batch: gradients are exchanged at the step's last one only.
 
-        `step` and `micro` count from 1. Raises StopAgreed where any rank was asked to stop: then the step is not made, what
-        it has accumulated counts for nothing, and it is done again.
+        `step` and `micro` count from 1; `packs`: tokens of each pack in it, none for an empty one. Raises StopAgreed where any
+        rank was asked to stop: then the step is not made, what it has accumulated counts for nothing, and it is done again.
         """
         self._control.check(self._took.get("saving"))
         self.at("forward", step, micro)
-        if not is_empty:
+        self._packs = packs
+        if packs:
             self._pace.begin()
         with self._accelerator.accumulate(self.model):
             yield
@@ -214,6 +227,23 @@ class Runtime:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return process.peak_resident_bytes()
+
+    def explain(self, error: Exception) -> Exception:
+        """An error that says what to do, for one that says that memory was refused; any other as it is."""
+        if self._recipe is None or not is_out_of_memory(error):
+            return error
+        is_gpu = self.device.type == "cuda"
+        scene = Scene(
+            rank=self.rank,
+            host=socket.gethostname(),
+            place=str(self.place),
+            what="GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory",
+            peak=self.memory_bytes(),
+            capacity=torch.cuda.get_device_properties(self.device).total_memory if is_gpu else None,
+            parts=standing(self.model, self._optimizer),
+            packs=self._packs,
+        )
+        return TrainingError(explanation(scene, self._recipe))
 
     def close(self) -> None:
         """Leave the group; ranks that have finished wait here for those that have not."""
