@@ -75,7 +75,7 @@ class Runtime:
         self._grad_norm = 0.0
         self.place = Place()
         self._arrived = time.monotonic()
-        self._took: dict[str, float] = {}
+        self._save_seconds: float | None = None
         self._pace = Pace(self.device)
         self._packs: Sequence[int] = ()
         self._recipe = recipe
@@ -86,9 +86,14 @@ class Runtime:
     def at(self, phase: str, step: int | None = None, micro: int | None = None) -> None:
         """Note where this rank stands now; for the watch. Every rank makes the same calls in the same order."""
         now = time.monotonic()
-        self._took[self.place.phase] = now - self._arrived
+        if self.place.phase == "saving":
+            self.note_save(now - self._arrived)
         self._arrived = now
         self.place = Place(self.place.moves + 1, phase, step, micro)
+
+    def note_save(self, seconds: float) -> None:
+        """How long a save took: the longest is what train.max_seconds keeps for the last one. `at("saving")` is noted by itself."""
+        self._save_seconds = max(seconds, self._save_seconds or 0.0)
 
     def refuse_drift(self, facts: Mapping[str, str]) -> None:
         """Raise RunError, the same on every rank, where a rank knows other facts than the rest. A collective."""
@@ -99,7 +104,18 @@ class Runtime:
 
     def agree_to_go_on(self) -> None:
         """Where nothing is half done. Raises StopAgreed where any rank was asked to stop. A collective, which waits."""
-        self._control.agree(self._took.get("saving"))
+        self._control.agree(self._save_seconds)
+
+    def check_stop(self) -> None:
+        """Where ranks work without exchanging anything, say between two batches of an evaluation: as each micro-step does.
+
+        Raises StopAgreed where any rank was asked before it last came here. Waits for nobody who is less than one call behind.
+        """
+        self._control.check(self._save_seconds)
+
+    def is_time_over(self) -> bool:
+        """Whether train.max_seconds are over, by this rank's clock."""
+        return self._control.deadline.is_over(self._save_seconds)
 
     def watch(self, stall_seconds: float | None, stacks: Path, report: Callable[[str], None], say: Callable[[str], None]) -> None:
         """Look after the other ranks from now on, and be looked after; see watch.py."""
@@ -136,7 +152,7 @@ class Runtime:
         `step` and `micro` count from 1; `packs`: tokens of each pack in it, none for an empty one. Raises StopAgreed where any
         rank was asked to stop: then the step is not made, what it has accumulated counts for nothing, and it is done again.
         """
-        self._control.check(self._took.get("saving"))
+        self.check_stop()
         self.at("forward", step, micro)
         self._packs = packs
         if packs:
