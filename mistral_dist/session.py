@@ -308,8 +308,8 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
 
 def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> int:
     """Note that the ranks agreed to stop while they were loading: the run is as it was. Return STOPPED."""
-    more_time = ", with more of it" if runtime.is_time_over() else ""
-    message = f"stopped {asked} while loading, before a step was made; run the same command to go on{more_time}"
+    more = ", with more seconds" if "max_seconds" in str(asked) else ""
+    message = f"stopped {asked} while loading, before a step was made; run the same command to go on{more}"
 
     def note() -> None:
         found = (run.status() or {}).get("checkpoint")

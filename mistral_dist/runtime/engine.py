@@ -88,6 +88,7 @@ class Runtime:
         now = time.monotonic()
         if self.place.phase == "saving":
             self.note_save(now - self._arrived)
+            self._control.deadline.rest()
         self._arrived = now
         self.place = Place(self.place.moves + 1, phase, step, micro)
 
@@ -112,10 +113,6 @@ class Runtime:
         Raises StopAgreed where any rank was asked before it last came here. Waits for nobody who is less than one call behind.
         """
         self._control.check(self._save_seconds)
-
-    def is_time_over(self) -> bool:
-        """Whether train.max_seconds are over, by this rank's clock."""
-        return self._control.deadline.is_over(self._save_seconds)
 
     def watch(self, stall_seconds: float | None, stacks: Path, report: Callable[[str], None], say: Callable[[str], None]) -> None:
         """Look after the other ranks from now on, and be looked after; see watch.py."""
