@@ -78,8 +78,8 @@ class Session:
         Raises RunError where the data are not those that the run began with.
         """
         session = cls(recipe, runtime, run, feed)
-        session._refuse_drift()
         attention = choose_attention(recipe.model, runtime.device)
+        runtime.refuse_drift({"attention": attention, f"the data in {feed.place}": feed.fingerprint, "held-out data": feed.held_out})
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {session.steps} steps; loading the model")
         model = build_trainable(recipe, runtime.device, attention)
@@ -235,14 +235,6 @@ class Session:
         if self.runtime.is_main:
             print(line, flush=True)
 
-    def _refuse_drift(self) -> None:
-        """Raise RunError where the ranks run different libraries: their numbers would differ, and no one would know."""
-        versions = self.runtime.gather(checkpoint.versions())
-        for rank, found in enumerate(versions):
-            drift = [f"{name} {version} and {found[name]}" for name, version in versions[0].items() if found[name] != version]
-            if drift:
-                raise RunError(f"ranks 0 and {rank} have different versions ({', '.join(drift)}); install the same on all machines")
-
     def _find_checkpoint(self) -> Path | None:
         """Rank 0 looks for the newest good checkpoint, and all take that one."""
 
@@ -350,13 +342,17 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
             yield run
         except Exception as error:
             # while the lease is still held
-            note_failure(run, error)
-            raise
+            told = runtime.explain(error)
+            note_failure(run, told)
+            if told is error:
+                raise
+            raise told from error
 
 
 def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> int:
     """Note that the ranks agreed to stop while they were loading: the run is as it was. Return STOPPED."""
-    message = f"stopped {asked} while loading, before a step was made; run the same command to go on"
+    more = ", with more seconds" if "max_seconds" in str(asked) else ""
+    message = f"stopped {asked} while loading, before a step was made; run the same command to go on{more}"
 
     def note() -> None:
         found = (run.status() or {}).get("checkpoint")

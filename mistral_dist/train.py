@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mistral_dist.checkpoint import versions
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import open_feed
@@ -19,6 +20,7 @@ from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, StopAgreed
 from mistral_dist.loss import refusing_infinity, summed_loss
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
+from mistral_dist.runtime.drift import code_fingerprint, recipe_facts
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.process import StopRequest
 from mistral_dist.session import Session, StepResult, end_before_start, note_failure, open_run
@@ -36,6 +38,7 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
             train_on(session)
     except StopAgreed as asked:
         # in the middle of a step, which is not made: it will be done again
+        session.say(f"stopping {asked}; left off at {runtime.place}")
         session.save()
         return session.end(STOPPED, str(asked))
 
@@ -80,7 +83,7 @@ def step(session: Session, work: Work) -> StepResult:
     losses: list[torch.Tensor] = []
     for micro, batch in enumerate(work.batches, 1):
         seed_noise(recipe.train.seed, work.step, batch.slot)
-        with runtime.micro_step(number, micro, is_empty=not batch.ids):
+        with runtime.micro_step(number, micro, batch.packs):
             loss = summed_loss(runtime.model, batch.to(runtime.device), recipe.train.label_smoothing_factor) / work.weight
             runtime.backward(refusing_infinity(loss))
         losses.append(loss.detach())
@@ -124,7 +127,10 @@ def main(words: list[str]) -> int:
 def join(recipe: Recipe, stop: StopRequest) -> Runtime:
     """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
     try:
-        return Runtime(recipe, stop)
+        runtime = Runtime(recipe, stop)
+        stage = {"ZeRO stage": str(runtime.zero_stage)}
+        runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **stage, **versions(), **recipe_facts(recipe)})
+        return runtime
     except Exception as error:
         if holder(recipe.run_dir) is None:
             note_failure(RunDirectory(recipe.run_dir), error)

@@ -3,6 +3,7 @@
 Whatever the user can mend is found here, before workers start and a model is loaded.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mistral_dist.errors import FAILED, FINISHED, STOPPED, RecipeError, Training
 from mistral_dist.files import read_json
 from mistral_dist.run import RunDirectory, check_free, check_same, move_aside
 from mistral_dist.runtime import launcher
+from mistral_dist.runtime.causes import cause, memory_kills
 
 TAIL = 15
 """Lines of the log that are shown where workers died without a word of ours."""
@@ -52,9 +54,12 @@ def start_training(
             say(f"the old run is now {old}")
     _announce(line, run)
     launched = time.monotonic()
+    before = run.log.stat().st_size if run.log.is_file() else 0
+    kills = memory_kills()
     with following(run) as tick:
         code = launcher.run(line, run.log, tick, started)
-    return _ended(run, code, status, time.monotonic() - launched)
+    why = cause(_since(run.log, before), memory_kills() - kills) if code != FINISHED else None
+    return _ended(run, code, status, time.monotonic() - launched, why)
 
 
 def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes: int | None = None) -> dict[str, Any]:
@@ -120,7 +125,10 @@ def training_line(
     if config is not None:
         # the user's own: it decides what is not asked for here, the port between machines included
         stage = assets.find(f"configs/deepspeed/zero{zero}.json") if zero else None
-        return launcher.Line(config, "mistral_dist.train", tuple(words), processes, stage, free_port=False, gpus=gpus > 0)
+        join = launcher.join_seconds()
+        return launcher.Line(
+            config, "mistral_dist.train", tuple(words), processes, stage, free_port=False, join_seconds=join, gpus=gpus > 0
+        )
     count = _processes(processes, gpus)
     packs = recipe.train.global_batch_size
     if count > packs:
@@ -144,6 +152,15 @@ def _show_tail(log: Path) -> None:
     say("\n".join(f"  {line}" for line in lines[-TAIL:]))
 
 
+def _since(log: Path, start: int) -> str:
+    """What a log holds from a byte on; of much, the end."""
+    if not log.is_file():
+        return ""
+    with open(log, "rb") as stream:
+        stream.seek(max(start, log.stat().st_size - 200_000))
+        return stream.read().decode("utf-8", "replace")
+
+
 def _processes(asked: int | None, gpus: int) -> int:
     """All visible GPUs; without any, two processes, so that what runs is what would run on two GPUs."""
     if asked is not None and gpus and asked > gpus:
@@ -151,18 +168,27 @@ def _processes(asked: int | None, gpus: int) -> int:
     return asked or gpus or 2
 
 
-def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds: float) -> int:
-    """Say how the workers ended. Their exit code comes from the status, since Accelerate turns every failure into 1."""
+def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds: float, why: str | None) -> int:
+    """Say how the workers ended. Their exit code comes from the status, since Accelerate turns every failure into 1.
+
+    `why`: what launcher and kernel say about it, where the workers could not.
+    """
     check_free(run.path)  # of two that start at once, one trains, and the other's workers have been refused
     status = run.status()
     if status is None or status["state"] == "running" or (status == before and code != 0):
-        message = "the workers ended without a word (killed, or out of memory?)"
-        run.set_status("failed", FAILED, message)
-        _show_tail(run.log)
-        raise TrainingError(f"{run.path}: {message}; their last lines are above, all of them in {run.log}")
+        status = _fail(run, why or "the workers ended without a word (killed, or out of memory?)")
+    elif status["state"] == "failed" and why is not None and re.match(r"\w+Error: ", status["message"]):
+        # a rank that lost another can only say that
+        status = _fail(run, why)
     if status["state"] == "failed":
-        if status["exit_code"] == FAILED:
-            _show_tail(run.log)
-        raise TrainingError(status["message"], status["exit_code"])
+        if status["exit_code"] != FAILED:
+            raise TrainingError(status["message"], status["exit_code"])
+        _show_tail(run.log)
+        raise TrainingError(f"{run.path}: {status['message']}. The last lines of the workers are above, all of them in {run.log}")
     say(f"{run.path}: {status['message']}, after {minutes(seconds)}")
     return FINISHED if status["state"] == "finished" else STOPPED
+
+
+def _fail(run: RunDirectory, message: str) -> dict[str, Any]:
+    run.set_status("failed", FAILED, message)
+    return run.status() or {}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -60,6 +60,14 @@ class Batch:
     def slot(self) -> int:
         """The first slot in the row; -1 for an empty pack."""
         return self.ids[0][0] if self.ids else -1
+
+    @property
+    def packs(self) -> list[int]:
+        """Tokens of each pack in the row."""
+        starts = (self.position_ids[0] == 0).nonzero()[:, 0].tolist()
+        ends = iter([*starts[1:], self.input_ids.shape[1]])
+        bounds = [0, *(list(islice(ends, len(ids)))[-1] for _, ids in self.ids)]
+        return [end - start for start, end in pairwise(bounds)]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""

@@ -43,7 +43,7 @@ class Deadline:
         self._last = None
 
     def is_over(self, save: float | None) -> bool:
-        """Whether it is time to stop; `save`: seconds that the last save took.
+        """Whether it is time to stop; `save`: seconds that the longest save took.
 
         Two micro-steps are reserved beside it: the one in which the time ends and the one that follows.
         """
@@ -58,16 +58,16 @@ class Control:
 
     def __init__(self, world_size: int, stop: StopRequest, deadline: Deadline, timeout: datetime.timedelta) -> None:
         """A collective: makes the group. All ranks then call `check` and `agree` in the same order."""
-        self._stop, self._deadline = stop, deadline
+        self._stop, self.deadline = stop, deadline
         self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._pending: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
 
     def check(self, save: float | None = None) -> None:
         """At the beginning of a micro-step. Raises StopAgreed where any rank was asked before its last micro-step began.
 
-        `save`: seconds that the last save took.
+        `save`: seconds that the longest save took.
         """
-        self._deadline.lap()
+        self.deadline.lap()
         self._refuse(self._read())
         self._post(save)
         if self._group is None:
@@ -75,7 +75,7 @@ class Control:
 
     def agree(self, save: float | None = None) -> None:
         """Where ranks may wait: between the stages of loading. Raises StopAgreed where any rank was asked before."""
-        self._deadline.rest()
+        self.deadline.rest()
         before = self._read()
         self._post(save)
         self._refuse(max(before, self._read()))
@@ -85,7 +85,7 @@ class Control:
         self._read()
 
     def _post(self, save: float | None) -> None:
-        asked = int(self._stop.signal) if self._stop.signal is not None else TIME_IS_OVER if self._deadline.is_over(save) else 0
+        asked = int(self._stop.signal) if self._stop.signal is not None else TIME_IS_OVER if self.deadline.is_over(save) else 0
         flag = torch.tensor([asked], dtype=torch.int32)
         work = None
         if self._group is not None:

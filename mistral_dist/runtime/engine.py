@@ -1,4 +1,4 @@
-"""The ranks: devices, preparing the model, backward, reductions, stop requests.
+"""The ranks: devices, preparing the model, backward, reductions.
 
 Accelerate starts the process group and wraps the model, in DeepSpeed ZeRO where `accelerate launch` says so and in plain
 data parallelism otherwise. The rooms above see one interface; which of the two is behind it shows nowhere.
@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import MachineError, MistralDistError, RecipeError, TrainingError
+from mistral_dist.errors import MachineError, MistralDistError, RecipeError, RunError, TrainingError
 from mistral_dist.runtime import process, shards
 from mistral_dist.runtime.control import Control, Deadline
+from mistral_dist.runtime.drift import drift
+from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory, standing
 from mistral_dist.runtime.pace import Pace
 from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch
 
@@ -73,8 +76,10 @@ class Runtime:
         self._grad_norm = 0.0
         self.place = Place()
         self._arrived = time.monotonic()
-        self._took: dict[str, float] = {}
+        self._save_seconds: float | None = None
         self._pace = Pace(self.device)
+        self._packs: Sequence[int] = ()
+        self._recipe = recipe
         self._watch: Watch | None = None
         deadline = Deadline(process.launched(), recipe.train.max_seconds if recipe else None)
         self._control = Control(self.world_size, stop or process.StopRequest(), deadline, _patience(recipe))
@@ -82,13 +87,33 @@ class Runtime:
     def at(self, phase: str, step: int | None = None, micro: int | None = None) -> None:
         """Note where this rank stands now; for the watch. Every rank makes the same calls in the same order."""
         now = time.monotonic()
-        self._took[self.place.phase] = now - self._arrived
+        if self.place.phase == "saving":
+            self.note_save(now - self._arrived)
+            self._control.deadline.rest()
         self._arrived = now
         self.place = Place(self.place.moves + 1, phase, step, micro)
 
+    def note_save(self, seconds: float) -> None:
+        """How long a save took: the longest is what train.max_seconds keeps for the last one. `at("saving")` is noted by itself."""
+        self._save_seconds = max(seconds, self._save_seconds or 0.0)
+
+    def refuse_drift(self, facts: Mapping[str, str]) -> None:
+        """Raise RunError, the same on every rank, where a rank knows other facts than the rest. A collective."""
+        everywhere = self.gather((dict(facts), socket.gethostname()))
+        found = drift([of_rank for of_rank, _ in everywhere], [host for _, host in everywhere])
+        if found is not None:
+            raise RunError(f"the ranks are not alike: {found}; make them the same on all machines")
+
     def agree_to_go_on(self) -> None:
         """Where nothing is half done. Raises StopAgreed where any rank was asked to stop. A collective, which waits."""
-        self._control.agree(self._took.get("saving"))
+        self._control.agree(self._save_seconds)
+
+    def check_stop(self) -> None:
+        """Where ranks work without exchanging anything, say between two batches of an evaluation: as each micro-step does.
+
+        Raises StopAgreed where any rank was asked before it last came here. Waits for nobody who is less than one call behind.
+        """
+        self._control.check(self._save_seconds)
 
     def watch(self, stall_seconds: float | None, stacks: Path, report: Callable[[str], None], say: Callable[[str], None]) -> None:
         """Look after the other ranks from now on, and be looked after; see watch.py."""
@@ -119,15 +144,16 @@ class Runtime:
             group["lr"] = rate
 
     @contextmanager
-    def micro_step(self, step: int, micro: int, *, is_empty: bool = False) -> Iterator[None]:
+    def micro_step(self, step: int, micro: int, packs: Sequence[int]) -> Iterator[None]:
         """Around the forward and backward of one micro-batch: gradients are exchanged at the step's last one only.
 
-        `step` and `micro` count from 1. Raises StopAgreed where any rank was asked to stop: then the step is not made, what
-        it has accumulated counts for nothing, and it is done again.
+        `step` and `micro` count from 1; `packs`: tokens of each pack in it, none for an empty one. Raises StopAgreed where any
+        rank was asked to stop: then the step is not made, what it has accumulated counts for nothing, and it is done again.
         """
-        self._control.check(self._took.get("saving"))
+        self.check_stop()
         self.at("forward", step, micro)
-        if not is_empty:
+        self._packs = packs
+        if packs:
             self._pace.begin()
         with self._accelerator.accumulate(self.model):
             yield
@@ -224,6 +250,23 @@ class Runtime:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return process.peak_resident_bytes()
+
+    def explain(self, error: Exception) -> Exception:
+        """An error that says what to do, for one that says that memory was refused; any other as it is."""
+        if self._recipe is None or not is_out_of_memory(error):
+            return error
+        is_gpu = self.device.type == "cuda"
+        scene = Scene(
+            rank=self.rank,
+            host=socket.gethostname(),
+            place=str(self.place),
+            what="GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory",
+            peak=self.memory_bytes(),
+            capacity=torch.cuda.get_device_properties(self.device).total_memory if is_gpu else None,
+            parts=standing(self.model, self._optimizer),
+            packs=self._packs,
+        )
+        return TrainingError(explanation(scene, self._recipe))
 
     def close(self) -> None:
         """Leave the group; ranks that have finished wait here for those that have not."""

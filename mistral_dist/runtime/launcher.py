@@ -35,6 +35,8 @@ class Line:
     """None leaves it to `config`."""
     deepspeed: Path | None = None
     free_port: bool = True
+    join_seconds: int | None = None
+    """How long machines wait for each other at the start; None: as long as torchrun does by itself, 10 minutes."""
     gpus: bool = False
     saves: bool = True
     """Whether the workers answer a stop signal by saving and ending; else they are simply ended."""
@@ -45,7 +47,8 @@ class Line:
         stage = [] if self.deepspeed is None else ["--deepspeed_config_file", str(self.deepspeed)]
         # port 0: any free one, so that two runs on one machine never meet
         port = ["--main_process_port", "0"] if self.free_port else []
-        return ["launch", "--config_file", str(self.config), *count, *stage, *port, "-m", self.module, *self.words]
+        join = [] if self.join_seconds is None else ["--rdzv_conf", f"timeout={self.join_seconds}"]
+        return ["launch", "--config_file", str(self.config), *count, *stage, *port, *join, "-m", self.module, *self.words]
 
     def __str__(self) -> str:
         return shlex.join(["accelerate", *self.arguments()])
@@ -58,6 +61,12 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def join_seconds() -> int | None:
+    """How long machines wait for each other at the start, where the environment says so (MISTRAL_DIST_JOIN_SECONDS)."""
+    told = process.environment("MISTRAL_DIST_JOIN_SECONDS")
+    return int(told) if told.isdigit() else None
 
 
 def threads_per_process(processes: int) -> int:

@@ -1,8 +1,11 @@
-"""Leaving together: on request, in time, and when a rank is hung; nothing is lost and nobody is left."""
+"""Leaving together: on request, in time, because a rank is hung, differs or has no memory; nothing is lost, nobody is left."""
 
 import os
 import re
+import shutil
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
-from tests.launch import kill, losses_so_far, mistral_dist, status, train, training, wait_for, workers
+from tests.launch import COMMAND, ROOT, kill, mistral_dist, status, train, training, wait_for, workers
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,86 @@ def workers_of(launcher: int) -> list[psutil.Process]:
     return sorted(psutil.Process(launcher).children()[0].children(), key=lambda process: int(process.environ()["RANK"]))
 
 
+def assert_stopped(run: Path, asked: str) -> None:
+    assert_nobody_left(run)
+    stopped = status(run)
+    assert (stopped["state"], stopped["exit_code"]) == ("stopped", 85)
+    assert stopped["message"].startswith(f"stopped {asked}")
+    assert stopped["checkpoint"] == (f"checkpoint-{stopped['step']}" if stopped["step"] else None)
+
+
+# on request
+
+
+def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for until, number in ((2, signal.SIGTERM), (7, signal.SIGINT), (12, signal.SIGUSR1)):
+        with training(recipe, run, until=until) as started:
+            os.kill(started.pid, number)
+            os.kill(started.pid, number)
+            assert started.wait(120) == 85
+        assert_stopped(run, "on request (SIGTERM)")
+
+    # to one worker alone: all stop at the same step
+    with training(recipe, run, until=16) as started:
+        workers_of(started.pid)[1].send_signal(signal.SIGUSR1)
+        assert started.wait(120) == 85
+    assert_stopped(run, "on request (SIGUSR1)")
+
+    train(recipe, run)
+    assert_same_run(run, never_stopped)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+    """Steps of 40 micro-steps, left at one of them; resumed, the run is the same to the bit."""
+    long_steps = ("train.global_batch_size=80", "train.epochs=30", "train.steps=3", "checkpoint.save_steps=3")
+    wanted = train(recipe, tmp_path / "wanted", *long_steps, zero=zero)
+    run = tmp_path / "run"
+    with training(recipe, run, *long_steps, until=1, zero=zero) as started:
+        workers_of(started.pid)[1].send_signal(signal.SIGTERM)
+        assert started.wait(120) == 85
+    assert_stopped(run, "on request (SIGTERM) at step 1 of 3")
+    left = re.search(r"left off at step 2, micro-step (\d+)", (run / "log.txt").read_text())
+    assert left is not None and 1 <= int(left[1]) < 40
+    print(f"ZeRO {zero}: left after micro-step {left[1]} of 40")
+    train(recipe, run, *long_steps, zero=zero)
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-3/optimizer.safetensors", "data_order.jsonl"):
+        assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
+
+
+def test_asked_while_loading_they_leave_with_what_there_was(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(train(recipe, tmp_path / "short", "train.steps=5"), run)
+    (run / "status.json").write_text('{"state": "running", "exit_code": null, "message": "", "checkpoint": "checkpoint-5", "step": 5}')
+    before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    words = [*COMMAND, "train", str(recipe), f"run.dir={run}", "train.steps=5", "--processes", "2"]
+    started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: (run / "lease.json").is_file(), started)
+        workers_of(started.pid)[0].send_signal(signal.SIGINT)
+        assert started.wait(120) == 85, started.communicate()[0]
+    finally:
+        kill(started.pid)
+        started.communicate()
+    assert_stopped(run, "on request (SIGINT) while loading")
+    assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
+
+
+def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    began = time.monotonic()
+    done = mistral_dist("train", recipe, f"run.dir={run}", "train.epochs=1000", "train.steps=20000", "train.max_seconds=100", "--processes=2")
+    seconds = time.monotonic() - began
+    assert done.returncode == 85, done.stdout + done.stderr
+    print(f"train.max_seconds=100: ended after {seconds:.0f} s, at step {status(run)['step']}")
+    assert_stopped(run, "by train.max_seconds")
+    assert status(run)["step"] > 0, "a tenth of the time is kept for the save, no more"
+
+
+# because of one of them
+
+
 def test_a_hung_rank_is_named_and_killed(recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for until, rank in ((7, 1), (12, 0)):
@@ -46,9 +129,83 @@ def test_a_hung_rank_is_named_and_killed(recipe: Path, never_stopped: Path, tmp_
             assert_nobody_left(run)
         ended = status(run)
         assert (ended["state"], ended["exit_code"]) == ("failed", 1)
-        assert f"rank {rank} (process {pid} on {os.uname().nodename})" in ended["message"]
+        assert f"rank {rank} (process {pid} on {socket.gethostname()})" in ended["message"]
         assert re.search(r"no sign of life for \d+ s; last seen at step \d+", ended["message"])
         assert "Thread" in (run / "stacks" / f"rank-{1 - rank}.txt").read_text()
+    # with the same short limit, and nobody hung
     train(recipe, run, "train.stall_seconds=8")
     assert_same_run(run, never_stopped)
     assert not (run / "stacks" / "rank-0.txt").exists()
+
+
+def site(folder: Path, code: str) -> str:
+    """A PYTHONPATH with which Python runs some code at its start, on rank 1 alone."""
+    folder.mkdir()
+    body = "".join(f"    {line}\n" for line in code.strip().splitlines())
+    (folder / "sitecustomize.py").write_text(f"import os, sys\nif os.environ.get('RANK') == '1':\n{body}")
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+def test_a_rank_with_other_code_and_another_recipe_is_refused(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "mistral_dist", other / "mistral_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(other / "mistral_dist" / "loss.py", "a", encoding="utf-8") as stream:
+        stream.write("\n# one machine was not updated\n")
+    path = site(tmp_path / "site", f"sys.path.insert(0, {str(other)!r})\nsys.argv.append('train.seed=7')")
+    run = tmp_path / "run"
+    # not in the clone, whose package would be found before any other
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    words = ("train", recipe, f"run.dir={run}", "--processes", "2", "--zero", "0")
+    done = mistral_dist(*words, cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = status(run)["message"]
+    found = re.search(r"rank 1 on \S+: the code of mistral-dist is (\w{16}) \(on rank 0: (\w{16})\), train\.seed is 7 \(on rank 0: 0\)", message)
+    assert found is not None and found[1] != found[2], message
+    assert message in " ".join((done.stdout + done.stderr).split())
+    assert not (run / "metrics.jsonl").exists()
+    assert_nobody_left(run)
+
+
+def test_a_rank_without_memory_says_so_and_the_next_launch_goes_on(recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    starve = f"""
+import threading
+def starve():
+    import pathlib, resource, time
+    metrics = pathlib.Path({str(run / "metrics.jsonl")!r})
+    while not (metrics.is_file() and metrics.read_text().count("\\n") >= 7):
+        time.sleep(0.05)
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used, used))
+threading.Thread(target=starve, daemon=True).start()
+"""
+    path = site(tmp_path / "site", starve)
+    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "2", PYTHONPATH=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert_nobody_left(run)
+    message = status(run)["message"]
+    print(message)
+    assert "memory" in message
+    train(recipe, run)
+    assert_same_run(run, never_stopped)
+
+
+# because one never comes
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(0, "only 1 of 2 machines came within"), (1, "nobody answers at 127.0.0.1, port ")], ids=["a node is missing", "stale port"]
+)
+def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: str, recipe: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "two_machines.yaml"
+    settings = f"num_machines: 2\nnum_processes: 2\nmachine_rank: {rank}\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\n"
+    config.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nsame_network: true\nuse_cpu: false\n{settings}")
+    run = tmp_path / "run"
+    command = ("train", recipe, f"run.dir={run}", "--config-file", config)
+    done = mistral_dist(*command, MISTRAL_DIST_JOIN_SECONDS="8")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert words in status(run)["message"]
+    assert not workers(run)

@@ -1,0 +1,70 @@
+"""Why workers ended without a word: what the launcher and the kernel say about it, in one line."""
+
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"), Path("/proc/vmstat"))
+"""Where the kernel counts the processes that it killed for memory: of this container (cgroup v2, v1), of the machine."""
+
+LESS = "less memory: a smaller train.micro_batch_size or data.max_length, fewer processes, or nothing else on this machine"
+
+
+def memory_kills() -> int:
+    """Processes that the kernel has killed so far because memory was full, as far as this machine tells."""
+    found = (re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE) for file in COUNTERS if file.is_file())
+    return next((int(match[1]) for match in found if match is not None), 0)
+
+
+def cause(log: str, kills: int = 0) -> str | None:
+    """What ended the workers, from the log of their launch; None where nothing is recognised.
+
+    `kills`: processes that the kernel killed for memory in the meantime.
+    """
+    return next((words for find in CAUSES if (words := find(log, kills))), None)
+
+
+def _ended_by_signal(log: str, kills: int) -> str | None:
+    """A worker that a signal ended, first of all: torchrun's summary, or Accelerate's own word on a single process."""
+    summary = re.search(r"Root Cause.*?rank\s+: (\d+).*?exitcode\s+: -(\d+) \(pid: (\d+)\)", log, re.DOTALL)
+    alone = re.search(r"died with <Signals\.\w+: (\d+)>", log)
+    if summary is None and alone is None:
+        return None
+    who = f"rank {summary[1]} (process {summary[3]})" if summary is not None else "the worker"
+    number = int(summary[2] if summary is not None else alone[1])  # type: ignore[index]
+    if number != signal.SIGKILL:
+        return f"{who} crashed ({signal.Signals(number).name}, signal {number})"
+    if kills:
+        return f"{who} was killed (signal 9) by the kernel, because memory was full; it needs {LESS}"
+    return f"{who} was killed (signal 9); where nobody did that, memory was full: it needs {LESS}"
+
+
+def _port_in_use(log: str, _kills: int) -> str | None:
+    found = re.search(r"port:? `?(\d+)`?[^\n]*(?:already in use|EADDRINUSE|another process is utilizing)", log, re.IGNORECASE)
+    return found and f"port {found[1]} is in use on this machine; name another one on all machines with main_process_port"
+
+
+def _machine_missing(log: str, _kills: int) -> str | None:
+    found = re.search(r"Timed out after (\d+) seconds waiting for clients\. (\d+)/(\d+) clients joined", log)
+    if found is None:
+        return None
+    came = f"only {found[2]} of {found[3]} machines came within {found[1]} s"
+    return f"{came}; start the same command on all of them, each with its machine_rank"
+
+
+def _nobody_there(log: str, _kills: int) -> str | None:
+    found = re.search(r"client socket has timed out after (\d+)ms while trying to connect to \(([^,]+), (\d+)\)", log)
+    if found is None:
+        return None
+    where, seconds = f"{found[2]}, port {found[3]}", int(found[1]) // 1000
+    return f"nobody answers at {where}, for {seconds} s; is the first machine (machine_rank 0) up, with that main_process_ip and port?"
+
+
+def _no_memory(log: str, _kills: int) -> str | None:
+    found = re.search(r"^(MemoryError\b.*|.*Cannot allocate memory.*)$", log, re.MULTILINE)
+    return found and f"memory was refused to a worker ({found[1].strip()[:80]}); it needs {LESS}"
+
+
+CAUSES: tuple[Callable[[str, int], str | None], ...] = (_no_memory, _ended_by_signal, _machine_missing, _nobody_there, _port_in_use)
+"""In the order of what says more."""
