@@ -5,7 +5,7 @@ one step count. Without ZeRO they are whole on every rank. ZeRO-1 and 2 keep eac
 tensor; ZeRO-3 cuts each parameter in equal parts, padded. Nothing here is specific to LoRA.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,16 @@ def gather_parameter(parameter: Any) -> torch.Tensor:
 
         return safe_get_full_fp32_param(parameter).detach().cpu().reshape(parameter.ds_shape).clone()
     return parameter.detach().cpu().clone()
+
+
+def held_bytes(parameters: Iterable[Any]) -> tuple[int, int]:
+    """Bytes of these parameters that this rank has allocated, and bytes that they have when whole."""
+    held = whole = 0
+    for parameter in parameters:
+        part = getattr(parameter, "ds_tensor", None)
+        held += parameter.untyped_storage().nbytes() + (0 if part is None else part.untyped_storage().nbytes())
+        whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return held, whole
 
 
 def gather_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Lora, Model, Recipe
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.stream import Batch, collate
@@ -19,8 +20,6 @@ from mistral_dist.model import (
     add_adapter,
     build_trainable,
     choose_attention,
-    compute_dtype,
-    load_base,
     packed_weights,
 )
 
