@@ -1,4 +1,4 @@
-"""Base + NF4 + adapter + attention -> trainable model.
+"""Base + adapter + attention -> trainable model.
 
 Two precisions, and no others: the frozen base in its compute dtype (bfloat16, or float32 for proofs), the adapter always
 in float32. In bfloat16 the forward runs under autocast, so each matrix product of the adapter sees a bfloat16 copy while
@@ -17,21 +17,10 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
-import transformers
 
+from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Lora, Model, Recipe
 from mistral_dist.errors import MachineError, ModelError
-from mistral_dist.hub import local_path
-
-
-def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
-    """bfloat16 unless the recipe says float32. Raises MachineError for a GPU that has no bfloat16, by its name."""
-    if model.dtype == "float32":
-        return torch.float32
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        raise MachineError(f"{name}: has no bfloat16 (NVIDIA cards have it from Ampere, 2020, on); use another card or model.dtype=float32")
-    return torch.bfloat16
 
 
 def choose_attention(model: Model, device: torch.device) -> str:
@@ -44,45 +33,6 @@ def choose_attention(model: Model, device: torch.device) -> str:
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         raise MachineError("model.attention=flash_attention_2: has no float32 kernels; use model.attention=sdpa or model.dtype=bfloat16")
     return model.attention
-
-
-def load_base(model: Model, device: torch.device, attention: str) -> Any:
-    """The frozen base: its linear layers in NF4 with double quantisation, or as they are.
-
-    Without a device map, which ZeRO-3 forbids: a quantized model goes to the current GPU by itself, another stays on the
-    CPU until it is prepared or moved.
-    """
-    dtype = compute_dtype(model, device)
-    quantization = None
-    if model.quantization == "nf4":
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # ZeRO-3 can only shard float storage (a uint8 tensor it leaves whole on every rank)
-            bnb_4bit_quant_storage=dtype,
-        )
-    path = local_path(model)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            quantization_config=quantization,
-            attn_implementation=attention,
-            trust_remote_code=model.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
-    for module in base.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            # bitsandbytes 0.50 repacks the weights in place at the first forward in eval mode on CPUs with AVX512-BF16,
-            # after which training has no gradient and ZeRO-3 shards garbage
-            module.support_avx512bf16_for_cpu = False
-    base.requires_grad_(False)
-    base.config.use_cache = False
-    return _computing_in(base, dtype, device)
 
 
 def add_adapter(base: Any, lora: Lora, name: str, seed: int) -> peft.PeftModel:
@@ -153,7 +103,7 @@ def _as_the_base(dtype: torch.dtype, _module: torch.nn.Module, _inputs: Any, out
 
 def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> peft.PeftModel:
     """The model that training starts from: quantized base, fresh adapter, activation checkpointing."""
-    base = load_base(recipe.model, device, attention)
+    base = _frozen(recipe.model, device, attention)
     model = add_adapter(base, recipe.lora, recipe.model.name, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
         # non-reentrant: keeps working when no input requires a gradient, as with a frozen embedding
@@ -163,7 +113,7 @@ def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> pef
 
 def load_tuned(model: Model, adapter: Path, device: torch.device, attention: str) -> peft.PeftModel:
     """The base with a trained adapter, for evaluation and chat, in eval mode."""
-    base = load_base(model, device, attention)
+    base = _frozen(model, device, attention)
     tuned = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=False).eval()
     return tuned if model.quantization == "nf4" else tuned.to(device)
 
@@ -176,6 +126,11 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def packed_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The packed 4-bit weights: bytes in a float's clothes, never to be converted."""
     return [parameter for parameter in model.parameters() if isinstance(parameter, bnb.nn.Params4bit)]
+
+
+def _frozen(model: Model, device: torch.device, attention: str) -> Any:
+    """The base as everything here uses it: under autocast in bfloat16."""
+    return _computing_in(load_base(model, device, attention), compute_dtype(model, device), device)
 
 
 def _computing_in(base: Any, dtype: torch.dtype, device: torch.device) -> Any:

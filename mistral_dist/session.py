@@ -93,6 +93,7 @@ class Session:
         runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
         if runtime.byte_sum(packed_weights(runtime.bare_model)) != session.base:
             raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
+        runtime.refuse_unsharded([parameter for parameter in runtime.bare_model.parameters() if not parameter.requires_grad])
         if found is not None:
             runtime.scatter_moments(checkpoint.load_moments(found), session.progress.updates)
         runtime.on_main(session._mark_start)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral_dist import assets
+from mistral_dist import assets, base_cache
 from mistral_dist.config import Recipe
 from mistral_dist.display import evaluating, following, minutes, say, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, RecipeError, TrainingError
@@ -52,6 +52,7 @@ def start_training(
         old = move_aside(run.path)
         if old is not None:
             say(f"the old run is now {old}")
+    base_cache.ensure_ahead(recipe.model, "cuda" if line.gpus else "cpu", say)
     _announce(line, run)
     launched = time.monotonic()
     before = run.log.stat().st_size if run.log.is_file() else 0

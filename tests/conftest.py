@@ -1,7 +1,10 @@
 """What tests share: a real pretrained model cut to a few layers, small data, and the one place where tests are skipped."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +12,12 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MISTRAL_DIST_CACHE"] = tempfile.mkdtemp(prefix="mistral-dist-tests-")  # not the user's
 
 from mistral_dist.runtime.process import quiet_libraries
 
 quiet_libraries()
+atexit.register(shutil.rmtree, os.environ["MISTRAL_DIST_CACHE"], ignore_errors=True)
 
 LAYERS = 3
 """Of SmolLM2's 30: enough for everything that can go wrong between layers, ten times as fast."""

@@ -245,6 +245,21 @@ class Runtime:
         is_split = any(part is not None for part in sharded)
         return sum(self.gather(here)) if is_split else here
 
+    def refuse_unsharded(self, frozen: Sequence[Any]) -> None:
+        """Under ZeRO-3, raise TrainingError unless this rank holds its part of the frozen parameters only.
+
+        Measured on what is allocated. The small ones that DeepSpeed keeps whole on purpose do not count; 10 % is for padding.
+        """
+        if self.zero_stage < 3 or self.world_size == 1:
+            return
+        held, whole = shards.held_bytes(parameter for parameter in frozen if not getattr(parameter, "ds_persist", False))
+        worst = max(self.gather(held))
+        if worst > 1.1 * whole / self.world_size:
+            raise TrainingError(
+                f"ZeRO-3 did not shard the base: a rank holds {worst:,} of its {whole:,} bytes, {self.world_size} ranks"
+                f" should hold some {whole // self.world_size:,} each; use the versions of constraints.txt, or ZeRO-2"
+            )
+
     def memory_bytes(self) -> int:
         """Peak memory of this rank so far: the GPU's allocator, or the process's resident set."""
         if self.device.type == "cuda":

@@ -5,7 +5,7 @@ one step count. Without ZeRO they are whole on every rank. ZeRO-1 and 2 keep eac
 tensor; ZeRO-3 cuts each parameter in equal parts, padded. Nothing here is specific to LoRA.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,16 @@ def scatter_parameters(parameters: Mapping[str, torch.nn.Parameter], optimizer: 
     if kept_whole:
         # ZeRO-3 keeps small parameters whole on every rank, and refreshes them from their parts after each update only
         kept_whole[0].all_gather(kept_whole)
+
+
+def held_bytes(parameters: Iterable[Any]) -> tuple[int, int]:
+    """Bytes of these parameters that this rank has allocated, and bytes that they have when whole."""
+    held = whole = 0
+    for parameter in parameters:
+        part = getattr(parameter, "ds_tensor", None)
+        held += parameter.untyped_storage().nbytes() + (0 if part is None else part.untyped_storage().nbytes())
+        whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return held, whole
 
 
 def gather_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.checkpoint import peft_name
 from mistral_dist.config import Lora, Model, Recipe
 from mistral_dist.data.encode import Encoded
@@ -23,8 +24,6 @@ from mistral_dist.model import (
     add_adapter,
     build_trainable,
     choose_attention,
-    compute_dtype,
-    load_base,
     packed_weights,
 )
 from mistral_dist.runtime.engine import seed_noise
