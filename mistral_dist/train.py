@@ -33,14 +33,14 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory, stop: StopRequest
         work = feed.stream.agree(own, runtime.sum)
         result = step(runtime, work, lr_at(work.step, session.steps, recipe.optim), recipe.train.seed, stop)
         session.advance(work, result)
-        if result.stop or session.is_checkpoint_due():
-            session.save()
         if result.stop:
             break
+        if session.is_checkpoint_due():
+            session.save()
 
+    session.save(last=True)
     if not session.is_finished():
         return session.end(STOPPED)
-    session.save()
     session.publish_adapter(encoder.tokenizer)
     return session.end(FINISHED)
 
