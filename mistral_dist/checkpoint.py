@@ -3,27 +3,33 @@
     checkpoint-100/
       adapter/                 PEFT's own format; float32, so these are the master weights
       optimizer.safetensors    AdamW's moments by parameter name, float32
-      progress.json            step, cursor (of all lanes of a stream), seed of all noise, fingerprint of the data
+      progress.json            step, cursor (of all lanes of a stream), metric, seed of all noise, fingerprints of data, encoding, base
       manifest.json            size and SHA-256 of each file, versions, topology; written last
 
 A checkpoint is written aside, synced, checksummed and renamed. Nothing in it depends on the number of ranks or the ZeRO
 stage. All noise is drawn from (seed, step, slot), so the seed and the step are the whole state of every random generator.
 """
 
+import errno
 import hashlib
 import json
+import math
+import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mistral_dist import config
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.errors import CheckpointError
 from mistral_dist.files import aside_of, publish, remove
@@ -33,6 +39,8 @@ Tensors = Mapping[str, torch.Tensor]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
 NAME = re.compile(r"checkpoint-(\d+)")
 ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
+BESIDE_TENSORS = 64 * 1024
+"""Bytes of a checkpoint's JSON files and headers, generously."""
 
 
 @dataclass(frozen=True)
@@ -52,34 +60,55 @@ class Progress:
         return self.step - len(self.guard.untrained)
 
 
-def save(
-    folder: Path, progress: Progress, *, adapter: Tensors, adapter_config: Any, moments: Tensors, facts: Mapping[str, Any], keep: int
-) -> Path:
-    """Write `checkpoint-<step>` into `folder`, then drop all but the newest `keep`; return its path.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is made of: copies, in which nothing changes while the training goes on."""
 
-    Raises CheckpointError where what was written is not what is trained, OSError where it cannot be written; the
-    checkpoints before it are untouched then.
+    progress: Progress
+    adapter: Tensors
+    """The trainable parameters by name, whole, float32, on the CPU."""
+    adapter_config: Any
+    moments: Tensors
+    """AdamW's moments by `parameter.moment`, whole, float32, on the CPU."""
+    facts: Mapping[str, Any]
+    """What resume checks, and what a reader wants to know."""
+    metric: float | None = None
+    """The loss on the validation examples at this step; None where it was not taken."""
+
+    @property
+    def bytes(self) -> int:
+        """The room that it needs on a disk."""
+        return sum(tensor.nbytes for tensors in (self.adapter, self.moments) for tensor in tensors.values()) + BESIDE_TENSORS
+
+
+def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Callable[[], None] = lambda: None) -> Path:
+    """Write `checkpoint-<step>` into `folder`, then drop what the rules do not keep; return its path.
+
+    `permit` is called when all is written, before it is published, and may raise. Raises CheckpointError where the adapter
+    must not be saved, OSError where the checkpoint cannot be written; those before it are untouched then.
     """
-    target = folder / f"checkpoint-{progress.step}"
+    target = folder / f"checkpoint-{snapshot.progress.step}"
     aside = aside_of(target)
-    aside.mkdir(parents=True)
     try:
-        save_adapter(aside / "adapter", adapter, adapter_config)
-        _write_tensors(aside / "optimizer.safetensors", moments)
-        _write_json(aside / "progress.json", {**asdict(progress), **facts})
+        aside.mkdir(parents=True)
+        save_adapter(aside / "adapter", snapshot.adapter, snapshot.adapter_config)
+        _write_tensors(aside / "optimizer.safetensors", snapshot.moments)
+        _write_json(aside / "progress.json", {**asdict(snapshot.progress), "metric": snapshot.metric, **snapshot.facts})
         _write_json(aside / "manifest.json", _manifest(aside))
+        permit()
         publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _retain(folder, keep)
+    with suppress(OSError):  # the checkpoint is there; what is too many is dropped after the next one
+        _retain(folder, snapshot.progress.step, rules)
     return target
 
 
 def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
     """Write an adapter in PEFT's format and pass it through the gate.
 
-    `adapter`: the trainable parameters by name. Raises CheckpointError where it is empty or not finite, or where the
-    file read back differs from it in a single bit.
+    `adapter`: the trainable parameters by name. Raises CheckpointError where it is empty or not finite, OSError where it
+    cannot be written, or where the file read back differs from it in a single bit.
     """
     folder.mkdir(parents=True)
     named = {peft_name(name): tensor.contiguous() for name, tensor in adapter.items()}
@@ -92,7 +121,7 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
     config.save_pretrained(str(folder))
     read = load_file(folder / "adapter_model.safetensors")
     if read.keys() != named.keys() or not all(torch.equal(read[name], named[name]) for name in named):
-        raise CheckpointError(f"{folder}: the adapter read back is not the one that is trained; is the disk sound?")
+        raise OSError(errno.EIO, "the adapter read back is not the one that is trained; is the disk sound?", str(folder))
 
 
 def publish_adapter(target: Path, adapter: Tensors, config: Any, tokenizer: Any, card: str) -> None:
@@ -139,7 +168,7 @@ def load_moments(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """How far the checkpoint is, and the facts that were saved with it."""
+    """How far the checkpoint is, and the facts that were saved with it, the metric among them."""
     facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     progress = Progress(facts.pop("step"), Cursor.from_json(facts.pop("cursor")), Guard.from_json(facts.pop("guard")))
     return progress, facts
@@ -181,7 +210,12 @@ def verify(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         problems = (_problem(path / name, name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items())
-        return next((problem for problem in problems if problem), None)
+        # hidden ones are left by file servers and file managers
+        odd = {str(file.relative_to(path)) for file in _files(path) if not file.name.startswith(".")} - {
+            *manifest["files"],
+            "manifest.json",
+        }
+        return next((problem for problem in problems if problem), f"{min(odd)} is not of it" if odd else None)
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json cannot be read"
 
@@ -219,21 +253,51 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def _retain(folder: Path, keep: int) -> None:
-    for path in _all(folder)[:-keep]:
-        remove(path)
+def to_drop(found: Mapping[int, float | None], newest: int, rules: config.Checkpoint) -> set[int]:
+    """The steps whose checkpoints go: all but the last ones, the best ones, every n-th, and always the newest.
+
+    `found`: step -> metric, where the lower is the better; None or NaN is never among the best. `newest`: the one that has
+    just been written, which is good for certain.
+    """
+    measured = [(metric, -step) for step, metric in found.items() if metric is not None and not math.isnan(metric)]
+    best = {-step for _, step in sorted(measured)[: rules.save_best_limit]}
+    regular = {step for step in found if rules.keep_every_steps and step % rules.keep_every_steps == 0}
+    return found.keys() - best - regular - {newest, *sorted(found)[-rules.save_total_limit :]}
+
+
+def _retain(folder: Path, newest: int, rules: config.Checkpoint) -> None:
+    found = {_step(path): path for path in _all(folder)}
+    for step in to_drop({step: _metric(path) for step, path in found.items()}, newest, rules):
+        remove(found[step])
+
+
+def _metric(path: Path) -> float | None:
+    """None also where it cannot be read: `latest_good` will say what is wrong with that checkpoint."""
+    try:
+        metric = load_progress(path)[1].get("metric")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return float(metric) if isinstance(metric, int | float) else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        "files": {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        "files": {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(folder)},
         "versions": versions(),
     }
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _write_tensors(file: Path, tensors: Tensors) -> None:
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(file)) from error
     # the library leaves it to its owner alone; whoever serves the adapter must be able to read it
     file.chmod(0o644)
 

@@ -197,9 +197,14 @@ class Checkpoint(Section):
     """What a killed run goes on from; the names are Trainer's."""
 
     save_steps: Count = 100
-    """A checkpoint each so many steps, and one at the end."""
+    """A checkpoint each so many steps, written in the background, and one at the end."""
     save_total_limit: Count = 2
-    """Checkpoints that are kept; 2 leaves one to fall back on."""
+    """The last ones are kept, so many; 2 leaves one to fall back on."""
+    save_best_limit: Annotated[int, Field(ge=0)] = 0
+    """Beside the last ones, so many with the lowest loss on the validation examples; those saved without an evaluation do
+    not count among them."""
+    keep_every_steps: Count | None = None
+    """Beside these, each checkpoint whose step is a multiple is kept for good; null: none."""
 
 
 class Evaluate(Section):

@@ -14,6 +14,7 @@ Steps count from 1 in everything that is written.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -26,14 +27,15 @@ from typing import Any, Literal
 
 from mistral_dist.config import Recipe, changed_fields
 from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.files import read_json, remove, write_text
+from mistral_dist.files import read_json, remove, replace_text, write_text
+from mistral_dist.journal import Journal, step_of
 from mistral_dist.runtime import process
 
 State = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunDirectory:
-    """The files of one run. Only the holder of the lease writes."""
+    """The files of one run. Only the holder of the lease writes, and only its main thread; but any of its threads may `sync`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +43,9 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.log = path / "log.txt"
         self.lease: Lease | None = None
-        self._appended: dict[str, Any] = {}
+        self.closing = contextlib.ExitStack()
+        """What must have ended before the lease is given back."""
+        self._journals: dict[str, Journal] = {}
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with. Raises RunError where there is no run."""
@@ -62,39 +66,50 @@ class RunDirectory:
         return read_json(self.path / "status.json")
 
     def set_status(self, state: State, exit_code: int | None, message: str, **progress: Any) -> None:
-        """Replace status.json; step, steps and checkpoint keep their values unless given."""
+        """Replace status.json; step, steps and checkpoint keep their values unless given. Works on a full disk.
+
+        Raises OSError where the folder cannot be written, or may not because the lease has expired.
+        """
+        if self._is_expired():
+            raise OSError(errno.ETIMEDOUT, "the lease could not be renewed", str(self.path))
         before = self.status() or {}
         kept = {key: before.get(key) for key in ("step", "steps", "checkpoint")}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         status = {"state": state, "exit_code": exit_code, "message": message, **kept, **progress, "updated": now}
-        write_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        replace_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
     def check_lease(self) -> None:
         """Raise TrainingError where another process has taken the run over."""
         if self.lease is not None and self.lease.lost:
             raise TrainingError(f"{self.path}: another process has taken this run over; this one stops without writing")
 
+    def check_publishing(self) -> None:
+        """Look at the lease itself: raise TrainingError where it is another's, OSError where it has expired or cannot be read."""
+        if self.lease is not None:
+            self.lease.look()
+        self.check_lease()
+        if self._is_expired():
+            raise OSError(errno.ETIMEDOUT, "the lease could not be renewed", str(self.path))
+
     def append(self, name: str, entry: dict[str, Any]) -> None:
-        """Add one line to a .jsonl file of the run."""
-        if name not in self._appended:
-            self._appended[name] = open(self.path / name, "a", encoding="utf-8")  # noqa: SIM115 - closed in `sync`
-        self._appended[name].write(json.dumps(entry) + "\n")
-        self._appended[name].flush()
+        """Add one line to a .jsonl file of the run: at once, or, where the disk is full or away, as soon as it can be."""
+        self._journal(name).append(entry, hold=self._is_expired())
 
     def sync(self) -> None:
-        """Put what was appended on the disk: before a checkpoint claims that those steps were made."""
-        while self._appended:
-            _, file = self._appended.popitem()
-            os.fsync(file.fileno())
-            file.close()
+        """Put what was appended on the disk: before a checkpoint claims that those steps were made. Raises OSError."""
+        for journal in list(self._journals.values()):
+            journal.sync()
 
     def cut_back(self, step: int) -> None:
         """Drop the lines of metrics, data order, untrained steps and quarantine that lie after a step: they will be made again."""
         for name in ("metrics.jsonl", "data_order.jsonl", "untrained.jsonl", "quarantine.jsonl"):
-            file = self.path / name
-            if file.is_file():
-                lines = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                write_text(file, "".join(line + "\n" for line in lines))
+            self._journal(name).cut_back(step)
+
+    def _journal(self, name: str) -> Journal:
+        return self._journals.setdefault(name, Journal(self.path / name))
+
+    def _is_expired(self) -> bool:
+        return self.lease is not None and self.lease.expired
 
     def recent_metrics(self, steps: int) -> list[dict[str, Any]]:
         """The metrics of the last steps, oldest first; a line half written is left out. Costs the same at any length."""
@@ -104,7 +119,7 @@ class RunDirectory:
                 lines = stream.read().decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if _step_of(line) < float("inf")][-steps:]
+        return [json.loads(line) for line in lines if step_of(line) < float("inf")][-steps:]
 
 
 def check_same(recipe: Recipe, began: Recipe, path: Path) -> None:
@@ -135,6 +150,9 @@ class Lease:
         self._token = uuid.uuid4().hex
         self._over = threading.Event()
         self.lost = False
+        """Another process holds the run now."""
+        self.expired = False
+        """Could not be renewed for so long that another host may take the run over: nothing may be written until it is."""
 
     def __enter__(self) -> "Lease":
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -179,17 +197,21 @@ class Lease:
                 os.link(grave, self._file)
         grave.unlink()
 
+    def look(self) -> None:
+        """Whether the run is still ours. Raises OSError where that cannot be seen."""
+        self.lost = self.lost or (read_json(self._file) or {}).get("token") != self._token
+
     def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._over.wait(self.RENEW):
-            # a full disk or a file server that is away for a moment costs nothing; for longer, another may take over
+            # a file server that is away for a moment costs nothing; for longer, another may take over
             with contextlib.suppress(OSError):
-                if (read_json(self._file) or {}).get("token") != self._token:
-                    self.lost = True
+                self.look()
+                if self.lost:
                     return
-                write_text(self._file, self._content())
+                replace_text(self._file, self._content())
                 renewed = time.monotonic()
-            self.lost = time.monotonic() - renewed > self.EXPIRES
+            self.expired = time.monotonic() - renewed > self.EXPIRES
 
 
 def holder(path: Path) -> str | None:
@@ -234,10 +256,3 @@ def move_aside(path: Path) -> Path | None:
     target = next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
     path.rename(target)
     return target
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")

@@ -4,8 +4,7 @@ The loop in train.py says when things happen; here is what they are.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,18 +12,19 @@ from typing import Any
 
 from mistral_dist import checkpoint
 from mistral_dist.card import model_card
-from mistral_dist.checkpoint import Progress
+from mistral_dist.checkpoint import Progress, Snapshot
 from mistral_dist.config import Recipe
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
-from mistral_dist.errors import FAILED, FINISHED, STOPPED, MistralDistError, RunError, StopAgreed, TrainingError
+from mistral_dist.errors import FINISHED, MachineError, RunError, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.guards import Trouble
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
-from mistral_dist.run import Lease, RunDirectory
+from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
+from mistral_dist.saver import Saver, describe
 
 STATUS_EVERY = 1.0
 """Seconds between two updates of status.json, each of which is synced to the disk."""
@@ -55,7 +55,7 @@ class Session:
     feed: Feed
     progress: Progress = Progress()
     saved: int = 0
-    """The step of the newest checkpoint; 0 where there is none."""
+    """The step of the newest checkpoint that is there or handed to the writer; 0 where there is none."""
     clock: float = field(default_factory=time.monotonic)
     """When the step in progress began."""
     told: float = 0.0
@@ -64,7 +64,10 @@ class Session:
     drops: list[tuple[int, int, Drop]] = field(default_factory=list)
     """(step, slot, drop) of this rank's rows since the last checkpoint."""
     base: int = 0
-    """The byte sum of the packed 4-bit weights: which base this is, and whether sharding left it alone."""
+    """The byte sum of the frozen weights: which base this is."""
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.run, self.recipe.checkpoint, self.say)
 
     @property
     def steps(self) -> int:
@@ -75,23 +78,25 @@ class Session:
     def start(cls, recipe: Recipe, runtime: Runtime, run: RunDirectory, feed: Feed) -> "Session":
         """Build the model, put into it what the last good checkpoint holds, and hand it to the ranks.
 
-        Raises RunError where the data are not those that the run began with.
+        Raises RunError where data, tokenizer or base are not those that the run began with.
         """
         session = cls(recipe, runtime, run, feed)
+        found = session._find_checkpoint()
         attention = choose_attention(recipe.model, runtime.device)
         runtime.refuse_drift({"attention": attention, f"the data in {feed.place}": feed.fingerprint, "held-out data": feed.held_out})
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {session.steps} steps; loading the model")
         model = build_trainable(recipe, runtime.device, attention)
         session.peft_config = model.peft_config["default"]
-        session.base = runtime.byte_sum(packed_weights(model))
+        packed = runtime.byte_sum(packed_weights(model))
+        session.base = runtime.byte_sum([parameter for parameter in model.parameters() if not parameter.requires_grad])
         parameters = adapter_parameters(model)
-        found = session._find_checkpoint()
         if found is not None:
+            session._refuse_other_base(found)
             checkpoint.load_adapter(found, parameters)
         runtime.agree_to_go_on()
         runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
-        if runtime.byte_sum(packed_weights(runtime.bare_model)) != session.base:
+        if runtime.byte_sum(packed_weights(runtime.bare_model)) != packed:
             raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
         runtime.refuse_unsharded([parameter for parameter in runtime.bare_model.parameters() if not parameter.requires_grad])
         if found is not None:
@@ -116,14 +121,15 @@ class Session:
         if not self.runtime.is_main:
             return
         self.run.check_lease()
+        saved = self.saver.settle()
         self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
         if order is not None:
             self.run.append("data_order.jsonl", {"step": step, "ids": order})
         if result.untrained:
             self.run.append("untrained.jsonl", {"step": step, "because": result.untrained, "ids": suspects})
-        if now - self.told > STATUS_EVERY:
+        if saved or now - self.told > STATUS_EVERY:
             self.told = now
-            self.run.set_status("running", None, "training", step=step, steps=self.steps)
+            self._tell_status()
         told = f"not trained: {result.untrained}" if result.loss is None else f"loss {result.loss:.4f}"
         self.say(f"step {step}/{self.steps}  {told}  {seconds:.2f} s")
 
@@ -145,6 +151,7 @@ class Session:
         remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples in untrained.jsonl"
         if len(self.progress.guard.windows) >= train.max_rewinds:
             raise TrainingError(f"step {step}: {trouble.because}; the run went back {train.max_rewinds} times already; {remedy}")
+        self.runtime.on_main(self.saver.newest)
         target = self.runtime.on_main(lambda: checkpoint.retreat(self.run.checkpoints, before=trouble.first))
         if target is None:
             raise TrainingError(f"step {step}: {trouble.because}, and there is no checkpoint from before; {remedy}")
@@ -152,7 +159,7 @@ class Session:
         self.progress = replace(found, guard=found.guard.after_going_back(trouble))
         self.runtime.scatter_adapter(checkpoint.adapter_of(target, adapter_parameters(self.runtime.bare_model)))
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
-        self.drops, self.saved = [], 0
+        self.drops, self.saved, self.saver.step = [], 0, 0
         self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
         self.runtime.on_main(lambda: self.run.cut_back(self.progress.step))
         self.save()
@@ -165,47 +172,36 @@ class Session:
         """Whether the last step is made."""
         return self.progress.step >= self.steps
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless it is there; every rank waits until it is."""
-        if self.progress.step == self.saved:
+    def save(self, metric: float | None = None, last: bool = False) -> None:
+        """Hand a checkpoint of this step to the writer, unless it has it; of a launch, the `last` one is waited for by every rank.
+
+        `metric`: the loss on the validation examples, where it was just taken. A save that cannot be written is told, and
+        tried again at the next; the last one raises MachineError. Raises CheckpointError for an adapter that is not finite.
+        """
+        if self.progress.step == self.saved and not last:
+            return
+        if self.runtime.on_main(self.saver.newest) == self.progress.step:
             return
         self.runtime.at("saving", self.progress.step)
-        adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
-        everywhere = self.runtime.gather((self.progress.cursor, self.drops))
-        progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
-
-        def write() -> None:
-            self.run.check_lease()
-            # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
-            for step, _, drop in sorted((drop for _, drops in everywhere for drop in drops), key=lambda drop: drop[:2]):
-                self.run.append("quarantine.jsonl", {"step": step, "place": drop.place, "reason": drop.reason, "because": drop.because})
-            self.run.sync()
-            path = checkpoint.save(
-                self.run.checkpoints,
-                progress,
-                adapter=adapter,
-                adapter_config=self._adapter_config(),
-                moments=moments,
-                facts=self._facts(),
-                keep=self.recipe.checkpoint.save_total_limit,
-            )
-            self.run.set_status("running", None, "training", step=self.progress.step, checkpoint=path.name)
-
-        self.runtime.on_main(write)
+        self._hand_over(metric)
+        if last:
+            self.runtime.on_main(self.saver.finish)
         self.runtime.at("between steps", self.progress.step)
-        self.saved = self.progress.step
-        self.drops = []
         self.clock = time.monotonic()
 
     def publish_adapter(self, tokenizer: Any) -> None:
-        """Write the result: adapter, tokenizer, model card."""
+        """Write the result: adapter, tokenizer, model card. Raises MachineError where it cannot be written."""
         adapter = self.runtime.gather_adapter()
 
         def write() -> None:
-            self.run.check_lease()
+            self.run.check_publishing()
             sweep(self.run.path)
             card = model_card(self.recipe, self.feed.about, self.steps)
-            checkpoint.publish_adapter(self.run.adapter, adapter, self._adapter_config(), tokenizer, card)
+            try:
+                checkpoint.publish_adapter(self.run.adapter, adapter, self._adapter_config(), tokenizer, card)
+            except OSError as error:
+                told = describe(error, "the adapter", self.run, sum(tensor.nbytes for tensor in adapter.values()))
+                raise MachineError(f"{told}; make room and run the same command again: nothing is trained anew") from error
 
         self.runtime.on_main(write)
 
@@ -223,18 +219,40 @@ class Session:
             if quarantine.is_file():
                 with open(quarantine, encoding="utf-8") as lines:
                     step += f"; {sum(1 for _ in lines):,} rows of the stream were left out, see {quarantine}"
+            progress = {"step": self.progress.step, "checkpoint": _name(self.saver.step)}
             if code == FINISHED:
-                self.run.set_status("finished", code, f"finished {step}", step=self.progress.step)
+                self.run.set_status("finished", code, f"finished {step}", **progress)
             else:
-                self.run.set_status("stopped", code, f"stopped {asked} {step}; run the same command to go on", step=self.progress.step)
+                self.run.set_status("stopped", code, f"stopped {asked} {step}; run the same command to go on", **progress)
 
         self.runtime.on_main(note)
         return code
 
+    def _hand_over(self, metric: float | None) -> None:
+        started = time.monotonic()
+        adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
+        everywhere = self.runtime.gather((self.progress.cursor, self.drops))
+        self.saved, self.drops = self.progress.step, []
+        if not self.runtime.is_main:
+            return
+        # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
+        for step, _, drop in sorted((drop for _, drops in everywhere for drop in drops), key=lambda drop: drop[:2]):
+            self.run.append("quarantine.jsonl", {"step": step, "place": drop.place, "reason": drop.reason, "because": drop.because})
+        progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
+        snapshot = Snapshot(progress, adapter, self._adapter_config(), moments, self._facts(), metric)
+        self.saver.start(snapshot, time.monotonic() - started)
+
+    def _tell_status(self) -> None:
+        message = f"training; {self.saver.trouble}" if self.saver.trouble else "training"
+        progress = {"step": self.progress.step, "steps": self.steps, "checkpoint": _name(self.saver.step)}
+        with suppress(OSError):  # a folder that cannot be written does not end the training
+            self.run.set_status("running", None, message, **progress)
+
     def say(self, line: str) -> None:
         """One plain line from rank 0."""
         if self.runtime.is_main:
-            print(line, flush=True)
+            with suppress(OSError):  # the log may be on the same full disk
+                print(line, flush=True)
 
     def _find_checkpoint(self) -> Path | None:
         """Rank 0 looks for the newest good checkpoint, and all take that one."""
@@ -252,7 +270,7 @@ class Session:
         if found is None:
             return None
         self.progress, facts = checkpoint.load_progress(found)
-        self.saved = self.progress.step
+        self.saved = self.saver.step = self.progress.step
         self._refuse_other(facts)
         self.say(f"going on from {found.name}")
         before = checkpoint.written_with(found)
@@ -262,19 +280,24 @@ class Session:
         return found
 
     def _refuse_other(self, facts: dict[str, Any]) -> None:
-        """Raise RunError where the data or the base are not those that the checkpoint was made with."""
-        ways_out = "start another run with run.dir=..., or --fresh to move the old one aside"
-        if facts["data"] != self.feed.fingerprint:
-            raise RunError(f"{self.run.path}: began with other data than {self.feed.place} holds now; {ways_out}")
-        if facts["held_out"] != self.feed.held_out:
-            raise RunError(f"{self.run.path}: began with other held-out data than there are now; {ways_out}")
-        if facts["base"] != self.base:
-            raise RunError(f"{self.run.path}: began with another base model than {self.recipe.model.name} is here now; {ways_out}")
+        """Raise RunError where what is trained on is not what the checkpoint was made with; before the model is loaded."""
+        now = {"encoding": self.feed.encoding, "data": self.feed.fingerprint, "held_out": self.feed.held_out}
+        what = {"encoding": "tokenizer or chat format", "data": f"data of {self.feed.place}", "held_out": "held-out data"}
+        for fact, found in now.items():
+            self._refuse(what[fact], facts.get(fact), found)
+
+    def _refuse_other_base(self, found: Path) -> None:
+        """Raise RunError where the base model's weights are not those that the checkpoint was made with."""
+        self._refuse(f"weights of {self.recipe.model.name}", checkpoint.load_progress(found)[1].get("base"), self.base)
+
+    def _refuse(self, what: str, before: Any, now: Any) -> None:
+        if before != now:
+            ways_out = "start another run with run.dir=..., or --fresh to move the old one aside"
+            raise RunError(f"{self.run.path}: began with other {what}: fingerprint {before} then, {now} now; {ways_out}")
 
     def _mark_start(self) -> None:
         self.run.cut_back(self.progress.step)
-        name = f"checkpoint-{self.saved}" if self.saved else None
-        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps, checkpoint=name)
+        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps, checkpoint=_name(self.saved))
 
     def _data_order(self, work: Work) -> list[str]:
         """The ids of the step's examples, slot by slot, as they went through the forward on whichever rank."""
@@ -296,12 +319,14 @@ class Session:
             "tokens_per_second": round(work.tokens / seconds, 1),
             "seconds": round(seconds, 4),
             "memory_bytes": self.runtime.memory_bytes(),
+            **self.saver.take_clocks(),
         }
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint notes beside the progress: what resume checks, and what a reader wants to know."""
         return {
             "steps": self.steps,
+            "encoding": self.feed.encoding,
             "data": self.feed.fingerprint,
             "held_out": self.feed.held_out,
             "base": self.base,
@@ -319,54 +344,6 @@ class Session:
         return config
 
 
-@contextmanager
-def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
-    """The run directory, held by this group of ranks alone.
-
-    Raises RunError where another process writes there, or where the run began with another recipe.
-    """
-    run = RunDirectory(recipe.run_dir)
-    with ExitStack() as held:
-
-        def take() -> None:
-            held.enter_context(Lease(run))
-            run.begin(recipe)
-
-        runtime.on_main(take)
-        runtime.watch(
-            recipe.train.stall_seconds,
-            stacks=run.path / "stacks",
-            report=lambda message: run.set_status("failed", FAILED, message),
-            say=lambda line: print(line, flush=True),
-        )
-        try:
-            yield run
-        except Exception as error:
-            # while the lease is still held
-            told = runtime.explain(error)
-            note_failure(run, told)
-            if told is error:
-                raise
-            raise told from error
-
-
-def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> int:
-    """Note that the ranks agreed to stop while they were loading: the run is as it was. Return STOPPED."""
-    more = ", with more seconds" if "max_seconds" in str(asked) else ""
-    message = f"stopped {asked} while loading, before a step was made; run the same command to go on{more}"
-
-    def note() -> None:
-        found = (run.status() or {}).get("checkpoint")
-        run.set_status("stopped", STOPPED, message, step=int(found.rpartition("-")[2]) if found else 0)
-
-    runtime.on_main(note)
-    return STOPPED
-
-
-def note_failure(run: RunDirectory, error: Exception) -> None:
-    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept."""
-    known = isinstance(error, MistralDistError)
-    with suppress(OSError):  # a full disk must not hide what went wrong
-        if known or (run.status() or {}).get("state") != "failed":
-            code = error.exit_code if isinstance(error, MistralDistError) else FAILED
-            run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
+def _name(step: int) -> str | None:
+    """Of a step's checkpoint; None for step 0, which has none."""
+    return f"checkpoint-{step}" if step else None

@@ -16,6 +16,7 @@ from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
+from mistral_dist.entry import end_before_start, note_failure, open_run
 from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, StopAgreed
 from mistral_dist.loss import refusing_infinity, summed_loss
 from mistral_dist.optim import lr_at
@@ -23,7 +24,7 @@ from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.drift import code_fingerprint, recipe_facts
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.process import StopRequest
-from mistral_dist.session import Session, StepResult, end_before_start, note_failure, open_run
+from mistral_dist.session import Session, StepResult
 
 
 def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
@@ -39,10 +40,10 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
     except StopAgreed as asked:
         # in the middle of a step, which is not made: it will be done again
         session.say(f"stopping {asked}; left off at {runtime.place}")
-        session.save()
+        session.save(last=True)
         return session.end(STOPPED, str(asked))
 
-    session.save()
+    session.save(last=True)
     session.publish_adapter(encoder.tokenizer)
     return session.end(FINISHED)
 

@@ -45,7 +45,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """What a run measured, without clocks and memory."""
-    clocks = ("tokens_per_second", "seconds", "memory_bytes")
+    clocks = ("tokens_per_second", "seconds", "memory_bytes", "save")
     return [{key: value for key, value in entry.items() if key not in clocks} for entry in lines(run / "metrics.jsonl")]
 
 

@@ -37,6 +37,8 @@ class Feed:
     """What they are, as the model card says it."""
     held_out: str = ""
     """The fingerprint of the prepared data that hold what is not trained on; empty where nothing is held out."""
+    encoding: str = ""
+    """The encoder's fingerprint: tokenizer, format and task."""
 
 
 def open_feed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
@@ -76,7 +78,7 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
     )
     counts = prepared.manifest["examples"]
     about = f"{counts[TRAIN]} examples; {counts[TEST]} more were held out for the test"
-    return Feed(stream, prepared.fingerprint, str(prepared.path), about, prepared.fingerprint)
+    return Feed(stream, prepared.fingerprint, str(prepared.path), about, prepared.fingerprint, encoder.fingerprint)
 
 
 def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
@@ -101,7 +103,7 @@ def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> F
     held_out = open_prepared(recipe, encoder) if has_held_out(data) else None
     about = "a stream" if held_out is None else f"a stream; {held_out.manifest['examples'][TEST]} examples were held out for the test"
     fingerprint = stream_fingerprint(recipe, encoder, streamed)
-    return Feed(lanes, fingerprint, "data.sources", about, held_out.fingerprint if held_out is not None else "")
+    return Feed(lanes, fingerprint, "data.sources", about, held_out.fingerprint if held_out is not None else "", encoder.fingerprint)
 
 
 def stream_fingerprint(recipe: Recipe, encoder: Encoder, streamed: Sequence[Streamed]) -> str:

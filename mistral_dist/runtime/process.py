@@ -146,6 +146,11 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number)
 
 
+def give_way() -> None:
+    """Let all other threads of the machine go before the calling one (Linux: priorities are a thread's own)."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
 def peak_resident_bytes() -> int:
     """The largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

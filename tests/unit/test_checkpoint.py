@@ -12,29 +12,33 @@ import pytest
 import torch
 
 from mistral_dist import checkpoint, files
-from mistral_dist.checkpoint import Progress
+from mistral_dist.checkpoint import Progress, Snapshot
+from mistral_dist.config import Checkpoint
 from mistral_dist.data.stream import Cursor
 from mistral_dist.errors import CheckpointError
 
 NAME = "base_model.model.layers.0.q_proj.lora_A.default.weight"
 
 
-def save(folder: Path, step: int, keep: int = 10, adapter: dict[str, torch.Tensor] | None = None) -> Path:
-    return checkpoint.save(
-        folder,
+def snapshot(step: int, adapter: dict[str, torch.Tensor] | None = None, metric: float | None = None) -> Snapshot:
+    return Snapshot(
         Progress(step, Cursor(step * 4)),
         adapter={NAME: torch.full((2, 3), float(step))} if adapter is None else adapter,
         adapter_config=peft.LoraConfig(r=2, target_modules=["q_proj"]),
         moments={f"{NAME}.exp_avg": torch.ones(2, 3), f"{NAME}.exp_avg_sq": torch.ones(2, 3)},
         facts={"data": "abc"},
-        keep=keep,
+        metric=metric,
     )
+
+
+def save(folder: Path, step: int, keep: int = 10, adapter: dict[str, torch.Tensor] | None = None) -> Path:
+    return checkpoint.save(folder, snapshot(step, adapter), Checkpoint(save_total_limit=keep))
 
 
 def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
     assert checkpoint.latest_good(tmp_path) == (path, [])
-    assert checkpoint.load_progress(path) == (Progress(7, Cursor(28)), {"data": "abc"})
+    assert checkpoint.load_progress(path) == (Progress(7, Cursor(28)), {"data": "abc", "metric": None})
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
     checkpoint.load_adapter(path, {NAME: parameter})
     assert parameter.tolist() == [[7.0] * 3] * 2
@@ -151,7 +155,7 @@ def test_an_adapter_that_would_not_load_is_not_saved(tmp_path: Path, adapter: di
 
 def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "load_file", lambda file: {checkpoint.peft_name(NAME): torch.zeros(2, 3)})
-    with pytest.raises(CheckpointError, match="read back is not the one that is trained"):
+    with pytest.raises(OSError, match="read back is not the one that is trained"):
         save(tmp_path, 5)
 
 

@@ -14,6 +14,7 @@ import tokenizers
 import transformers
 from sklearn.utils.class_weight import compute_class_weight
 
+from mistral_dist.card import model_card
 from mistral_dist.config import Data, Model, Recipe, Source, Task
 from mistral_dist.data.audit import written
 from mistral_dist.data.encode import Encoder
@@ -27,7 +28,6 @@ from mistral_dist.data.stream import Plan, Stream
 from mistral_dist.errors import WRONG_INPUT, DataError
 from mistral_dist.files import aside_of
 from mistral_dist.hub import load_tokenizer
-from mistral_dist.session import model_card
 from mistral_dist.workflow import prepare_if_needed
 
 WriteRecipe = Callable[..., Path]

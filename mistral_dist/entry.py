@@ -1,0 +1,64 @@
+"""A rank's way into a run directory, and out of it: hold it, and note how it ended."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from mistral_dist.config import Recipe
+from mistral_dist.errors import FAILED, STOPPED, MistralDistError, StopAgreed
+from mistral_dist.run import Lease, RunDirectory
+from mistral_dist.runtime.engine import Runtime
+
+
+@contextmanager
+def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
+    """The run directory, held by this group of ranks alone.
+
+    Raises RunError where another process writes there, or where the run began with another recipe.
+    """
+    run = RunDirectory(recipe.run_dir)
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(Lease(run))
+            held.enter_context(run.closing)
+            run.begin(recipe)
+
+        runtime.on_main(take)
+        runtime.watch(
+            recipe.train.stall_seconds,
+            stacks=run.path / "stacks",
+            report=lambda message: run.set_status("failed", FAILED, message),
+            say=lambda line: print(line, flush=True),
+        )
+        try:
+            yield run
+        except Exception as error:
+            # while the lease is still held
+            run.closing.close()
+            told = runtime.explain(error)
+            note_failure(run, told)
+            if told is error:
+                raise
+            raise told from error
+
+
+def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> int:
+    """Note that the ranks agreed to stop while they were loading: the run is as it was. Return STOPPED."""
+    more = ", with more seconds" if "max_seconds" in str(asked) else ""
+    message = f"stopped {asked} while loading, before a step was made; run the same command to go on{more}"
+
+    def note() -> None:
+        found = (run.status() or {}).get("checkpoint")
+        run.set_status("stopped", STOPPED, message, step=int(found.rpartition("-")[2]) if found else 0)
+
+    runtime.on_main(note)
+    return STOPPED
+
+
+def note_failure(run: RunDirectory, error: Exception) -> None:
+    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept."""
+    known = isinstance(error, MistralDistError)
+    with suppress(OSError):  # a full disk must not hide what went wrong
+        if known or (run.status() or {}).get("state") != "failed":
+            code = error.exit_code if isinstance(error, MistralDistError) else FAILED
+            run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
