@@ -3,6 +3,7 @@
 # make install   the environment alone, in .venv
 # make check     formatting, lint, types, layers
 # make bench     how fast the data are: encoding, the plan, `prepare` (some 8 minutes)
+# make faults    every fault under every ZeRO stage; writes docs/faults.md (some 40 minutes)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make test-gpu  the tests that need an NVIDIA GPU
 
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c configs/constraints.txt
 TORCH = torch==2.13.0
 
-.PHONY: demo test install check bench chaos test-gpu
+.PHONY: demo test install check bench faults chaos test-gpu
 
 demo: $(VENV)/installed
 	@$(BIN)/mistral-dist demo
@@ -23,10 +24,13 @@ test: $(VENV)/installed-dev check
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu tests/gpu
 
+faults: $(VENV)/installed-dev
+	$(BIN)/pytest -m fault --fault-table docs/faults.md tests/dist
+
 SEED ?= 0
 KILLS ?= 20
 chaos: $(VENV)/installed-dev
-	SEED=$(SEED) KILLS=$(KILLS) $(BIN)/pytest -s tests/dist/test_chaos.py
+	SEED=$(SEED) KILLS=$(KILLS) $(BIN)/pytest -s -m matrix tests/dist/test_chaos.py
 
 bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/encode.py

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MISTRAL_DIST_CACHE"] = tempfile.mkdtemp(prefix="mistral-dist-tests-")  # not the user's
 
 from mistral_dist.runtime.process import quiet_libraries
+from tests import fault_table
 
 quiet_libraries()
 atexit.register(shutil.rmtree, os.environ["MISTRAL_DIST_CACHE"], ignore_errors=True)
@@ -22,6 +23,28 @@ atexit.register(shutil.rmtree, os.environ["MISTRAL_DIST_CACHE"], ignore_errors=T
 LAYERS = 3
 """Of SmolLM2's 30: enough for everything that can go wrong between layers, ten times as fast."""
 LABELS = ("numpy", "pandas", "sympy", "networkx", "torch", "transformers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-table", type=Path, help="write what the tests with a fault showed to this file")
+
+
+FAULTS = pytest.StashKey[list[tuple[tuple[str, str, str, tuple[int, ...]], bool]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    row = fault_table.row_of(item)
+    if row is not None and (report.when == "call" or report.failed):
+        item.config.stash.setdefault(FAULTS, []).append((row, report.passed))
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--fault-table")
+    if file is not None:
+        file.write_text(fault_table.table(session.config.stash.get(FAULTS, [])))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

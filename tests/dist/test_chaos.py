@@ -69,6 +69,8 @@ def recipe(write_recipe: WriteRecipe) -> Path:
     return recipe
 
 
+@pytest.mark.matrix
+@pytest.mark.fault("killed again and again, at random moments, on other machines each time", f"each example once an epoch; losses within 1e-3 in float32", zero=(0, 1, 2, 3))
 def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
     """World sizes 1 to 4, every ZeRO stage: the same examples, each once an epoch; in float32 the same losses within rounding."""
     straight, run = train(recipe, tmp_path / "straight", processes=1, zero=0), tmp_path / "run"
@@ -83,6 +85,8 @@ def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
     assert worst <= 1e-3
 
 
+@pytest.mark.matrix
+@pytest.mark.fault("killed again and again, at random moments, on the same machines", "every bit equal, in bfloat16", zero=(2,))
 def test_on_the_same_machines(recipe: Path, tmp_path: Path) -> None:
     """ZeRO-2 x 2 in bfloat16: the same bits."""
     straight, run = train(recipe, tmp_path / "straight", BFLOAT16), tmp_path / "run"

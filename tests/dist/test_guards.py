@@ -9,15 +9,20 @@ from tests.conftest import WriteRecipe
 from tests.dist.test_resume import ADAPTER, assert_same_run
 from tests.launch import kill, lines, losses, mistral_dist, status, train, training, wait_for, workers
 
-TOPOLOGIES = [(1, 0), (2, 1), (2, 2), (2, 3)]
-IDS = ["one process", "ZeRO-1 x 2", "ZeRO-2 x 2", "ZeRO-3 x 2"]
+TOPOLOGIES = [
+    pytest.param(1, 0, id="one process", marks=pytest.mark.matrix),
+    pytest.param(2, 1, id="ZeRO-1 x 2", marks=pytest.mark.matrix),
+    pytest.param(2, 2, id="ZeRO-2 x 2"),
+    pytest.param(2, 3, id="ZeRO-3 x 2", marks=pytest.mark.matrix),
+]
 
 
 def steps_of(run: Path, file: str) -> list[int]:
     return [entry["step"] for entry in lines(run / file)]
 
 
-@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES, ids=IDS)
+@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
+@pytest.mark.fault("a loss that is NaN or infinite, on one rank", "no rank updates anything; the examples are named")
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
     processes: int, zero: int, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
@@ -53,7 +58,8 @@ def long_recipe(recipe_writer: "object", tmp_path_factory: pytest.TempPathFactor
     return recipe
 
 
-@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES, ids=IDS)
+@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
+@pytest.mark.fault("an update that spoils the adapter", "back to a checkpoint from before; the steps that led to it are passed over")
 def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int, long_recipe: Path, tmp_path: Path) -> None:
     """One update of a huge learning rate; killed on the way after it, the run ends with the same bits."""
     spoiled = faults.environment(huge_rate=[59])
@@ -74,6 +80,7 @@ def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int, long_rec
     assert_same_run(killed, run, last=75)
 
 
+@pytest.mark.fault("an adapter that is spoiled again and again", "fails with the diagnosis, exit code 1", zero=(0,))
 def test_a_run_that_stays_spoiled_fails_with_a_diagnosis(long_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", long_recipe, f"run.dir={run}", "--processes", "1"]

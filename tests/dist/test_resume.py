@@ -41,6 +41,7 @@ def assert_nobody_left(run: Path) -> None:
     wait_for(lambda: not workers(run))
 
 
+@pytest.mark.fault("SIGKILL: all processes; the launcher; one worker", "all end; the same command goes on to the same bits", zero=(2,))
 def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # the launcher and everything under it, in the middle of the second stretch between checkpoints
@@ -75,6 +76,7 @@ def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed:
     assert "finished at step 20 of 20; nothing to do" in done.stdout
 
 
+@pytest.mark.fault("a damaged checkpoint", "named, and the one before is used, to the same bits", zero=(2,))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with training(recipe, run, until=12) as started:
@@ -90,6 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe: Path, 
     assert_same_run(run, never_killed)
 
 
+@pytest.mark.fault("other machines after each stop", "the same data, the same losses within rounding", zero=(0, 1, 2, 3))
 def test_a_run_moves_between_topologies(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """ZeRO-3 x 3 -> one process -> ZeRO-1 x 2 -> ZeRO-2 x 3 -> ZeRO-3 x 2: same data, same losses within rounding."""
     recipe = write_recipe(train={"epochs": 4, "steps": 25, "global_batch_size": 4, "gradient_checkpointing": False})
