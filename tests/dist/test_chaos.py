@@ -1,7 +1,7 @@
 """A run that is killed again and again, at random moments, on machines drawn at random, ends as if nothing had happened.
 
-    make chaos                      20 kills each, some 15 minutes on 2 cores
-    make chaos SEED=7 KILLS=50      another draw
+make chaos                      20 kills each, some 15 minutes on 2 cores
+make chaos SEED=7 KILLS=50      another draw
 """
 
 import os
@@ -70,7 +70,11 @@ def recipe(write_recipe: WriteRecipe) -> Path:
 
 
 @pytest.mark.matrix
-@pytest.mark.fault("killed again and again, at random moments, on other machines each time", f"each example once an epoch; losses within 1e-3 in float32", zero=(0, 1, 2, 3))
+@pytest.mark.fault(
+    "killed at random moments, again and again, on other machines",
+    "each example once an epoch; float32 losses within 1e-3",
+    zero=(0, 1, 2, 3),
+)
 def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
     """World sizes 1 to 4, every ZeRO stage: the same examples, each once an epoch; in float32 the same losses within rounding."""
     straight, run = train(recipe, tmp_path / "straight", processes=1, zero=0), tmp_path / "run"

@@ -48,7 +48,11 @@ def assert_stopped(run: Path, asked: str) -> None:
 # on request
 
 
-@pytest.mark.fault("SIGTERM, SIGINT or SIGUSR1, twice, to the launcher or one worker", "all save the same step and stop, exit code 85; the same bits", zero=(2,))
+@pytest.mark.fault(
+    "SIGTERM, SIGINT or SIGUSR1, twice, to the launcher or one worker",
+    "all save the same step and stop, exit code 85; the same bits",
+    zero=(2,),
+)
 def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for until, number in ((2, signal.SIGTERM), (7, signal.SIGINT), (12, signal.SIGUSR1)):
@@ -110,7 +114,9 @@ def test_asked_while_loading_they_leave_with_what_there_was(recipe: Path, tmp_pa
 def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     began = time.monotonic()
-    done = mistral_dist("train", recipe, f"run.dir={run}", "train.epochs=1000", "train.steps=20000", "train.max_seconds=100", "--processes=2")
+    done = mistral_dist(
+        "train", recipe, f"run.dir={run}", "train.epochs=1000", "train.steps=20000", "train.max_seconds=100", "--processes=2"
+    )
     seconds = time.monotonic() - began
     assert done.returncode == 85, done.stdout + done.stderr
     print(f"train.max_seconds=100: ended after {seconds:.0f} s, at step {status(run)['step']}")
@@ -165,7 +171,9 @@ def test_a_rank_with_other_code_and_another_recipe_is_refused(recipe: Path, tmp_
     done = mistral_dist(*words, cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 2, done.stdout + done.stderr
     message = status(run)["message"]
-    found = re.search(r"rank 1 on \S+: the code of mistral-dist is (\w{16}) \(on rank 0: (\w{16})\), train\.seed is 7 \(on rank 0: 0\)", message)
+    found = re.search(
+        r"rank 1 on \S+: the code of mistral-dist is (\w{16}) \(on rank 0: (\w{16})\), train\.seed is 7 \(on rank 0: 0\)", message
+    )
     assert found is not None and found[1] != found[2], message
     assert message in " ".join((done.stdout + done.stderr).split())
     assert not (run / "metrics.jsonl").exists()
@@ -202,7 +210,9 @@ threading.Thread(target=starve, daemon=True).start()
 
 @pytest.mark.fault("a machine that does not come, an address where nobody answers", "told in bounded time", zero=(0,))
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, "only 1 of 2 machines came within"), (1, "nobody answers at 127.0.0.1, port ")], ids=["a node is missing", "stale port"]
+    ("rank", "words"),
+    [(0, "only 1 of 2 machines came within"), (1, "nobody answers at 127.0.0.1, port ")],
+    ids=["a node is missing", "stale port"],
 )
 def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: str, recipe: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
