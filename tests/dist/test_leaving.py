@@ -111,7 +111,6 @@ def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     assert done.returncode == 85, done.stdout + done.stderr
     print(f"train.max_seconds=100: ended after {seconds:.0f} s, at step {status(run)['step']}")
     assert_stopped(run, "by train.max_seconds")
-    assert status(run)["step"] > 0, "a tenth of the time is kept for the save, no more"
 
 
 # because of one of them
@@ -186,6 +185,7 @@ threading.Thread(target=starve, daemon=True).start()
     message = status(run)["message"]
     print(message)
     assert "memory" in message
+    assert "Go on with" in message or "it needs less memory" in message
     train(recipe, run)
     assert_same_run(run, never_stopped)
 
