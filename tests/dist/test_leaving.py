@@ -68,7 +68,7 @@ def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopp
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path, tmp_path: Path) -> None:
     """Steps of 40 micro-steps, left at one of them; resumed, the run is the same to the bit."""
     long_steps = ("train.global_batch_size=80", "train.epochs=30", "train.steps=3", "checkpoint.save_steps=3")
     wanted = train(recipe, tmp_path / "wanted", *long_steps, zero=zero)
