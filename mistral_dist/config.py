@@ -186,8 +186,8 @@ class Train(Section):
     deterministic: bool = False
     """On GPUs: only deterministic kernels, so that a resumed run is bit-equal there too. Slower."""
     max_seconds: Positive | None = None
-    """Save and stop in time to have ended after so many seconds, loading included, as on a stop signal (exit code 85). Counted
-    for each launch of `mistral-dist train`, or from the start of the workers under a bare `accelerate launch`."""
+    """Stop as on a signal (exit code 85), in time to have saved after so many seconds of this launch, loading included; to leave
+    takes some more. Counted from the start of `mistral-dist train`, or of the workers under a bare `accelerate launch`."""
     stall_seconds: Annotated[float, Field(ge=5.0, allow_inf_nan=False)] | None = 300.0
     """A GPU that has not moved for so long while others wait for it is named, and all end; four times as long while the model is
     loaded or a checkpoint is saved. Must be longer than any forward or backward. null: they wait until the collectives give up."""

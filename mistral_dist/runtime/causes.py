@@ -27,17 +27,35 @@ def cause(log: str, kills: int = 0) -> str | None:
 
 def _ended_by_signal(log: str, kills: int) -> str | None:
     """A worker that a signal ended, first of all: torchrun's summary, or Accelerate's own word on a single process."""
-    summary = re.search(r"Root Cause.*?rank\s+: (\d+).*?exitcode\s+: -(\d+) \(pid: (\d+)\)", log, re.DOTALL)
     alone = re.search(r"died with <Signals\.\w+: (\d+)>", log)
+    summary = _first_signal(log)
     if summary is None and alone is None:
         return None
-    who = f"rank {summary[1]} (process {summary[3]})" if summary is not None else "the worker"
-    number = int(summary[2] if summary is not None else alone[1])  # type: ignore[index]
+    who = f"rank {summary[0]} (process {summary[2]})" if summary is not None else "the worker"
+    number = summary[1] if summary is not None else int(alone[1])  # type: ignore[index]
     if number != signal.SIGKILL:
         return f"{who} crashed ({signal.Signals(number).name}, signal {number})"
     if kills:
         return f"{who} was killed (signal 9) by the kernel, because memory was full; it needs {LESS}"
     return f"{who} was killed (signal 9); where nobody did that, memory was full: it needs {LESS}"
+
+
+def _first_signal(log: str) -> tuple[int, int, int] | None:
+    """(rank, signal, process) of the worker that a signal ended first, from torchrun's summary.
+
+    The summary names one root cause; of two that ended within a second, that may be the other one, which lost its neighbour.
+    Later ones were ended by torchrun itself.
+    """
+    entry = r"time\s+: \S+_(\d+):(\d+):(\d+)\s+host\s+: \S+\s+rank\s+: (\d+) .*?exitcode\s+: (-?\d+)\s+\(pid: (\d+)\)"
+    before, _, root = log.rpartition("Root Cause")
+    found = [tuple(map(int, match)) for part in (root, before) for match in re.findall(entry, part, re.DOTALL)]
+    seconds = [hours * 3600 + minutes * 60 + rest for hours, minutes, rest, *_ in found]
+    ended = [
+        (rank, -code, pid)
+        for (*_, rank, code, pid), when in zip(found, seconds, strict=True)
+        if code < 0 and -code != signal.SIGTERM and abs(when - seconds[0]) <= 1
+    ]
+    return ended[0] if root and ended else None
 
 
 def _port_in_use(log: str, _kills: int) -> str | None:

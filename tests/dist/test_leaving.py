@@ -74,7 +74,7 @@ def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopp
 
 @pytest.mark.parametrize("zero", [pytest.param(zero, marks=pytest.mark.matrix) if zero != 2 else zero for zero in (0, 1, 2, 3)])
 @pytest.mark.fault("a stop signal in the middle of a step", "all leave within a micro-step; the step is done again, to the same bits")
-def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path, tmp_path: Path) -> None:
     """Steps of 40 micro-steps, left at one of them; resumed, the run is the same to the bit."""
     long_steps = ("train.global_batch_size=80", "train.epochs=30", "train.steps=3", "checkpoint.save_steps=3")
     wanted = train(recipe, tmp_path / "wanted", *long_steps, zero=zero)
@@ -121,7 +121,6 @@ def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     assert done.returncode == 85, done.stdout + done.stderr
     print(f"train.max_seconds=100: ended after {seconds:.0f} s, at step {status(run)['step']}")
     assert_stopped(run, "by train.max_seconds")
-    assert status(run)["step"] > 0, "a tenth of the time is kept for the save, no more"
 
 
 # because of one of them
@@ -201,6 +200,7 @@ threading.Thread(target=starve, daemon=True).start()
     message = status(run)["message"]
     print(message)
     assert "memory" in message
+    assert "Go on with" in message or "it needs less memory" in message
     train(recipe, run)
     assert_same_run(run, never_stopped)
 

@@ -406,8 +406,15 @@ def test_the_cause_is_told_in_a_line(log: str, kills: int, words: list[str]) -> 
         assert word in found
 
 
+def test_of_two_that_end_together_the_killed_one_is_named() -> None:
+    other = SUMMARY.format(number=9).replace("Root Cause (first observed failure):", "Failures:").replace("rank      : 1", "rank      : 2")
+    lost = SUMMARY.format(number=9).replace(": -9", ": 1")
+    assert "rank 2 (process 4242) was killed" in str(cause(other + lost))
+    assert cause(other.replace("19:40:00", "19:40:30") + lost) is None, "killed by torchrun, half a minute after the first had failed"
+
+
 def test_what_is_not_recognised_is_not_guessed() -> None:
-    assert cause("step 1/20 loss 2.0\n" + SUMMARY.format(number=9).replace("-9", "1")) is None
+    assert cause("step 1/20 loss 2.0\n" + SUMMARY.format(number=9).replace(": -9", ": 1")) is None
     assert cause("") is None
 
 
