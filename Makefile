@@ -5,6 +5,7 @@
 # make bench     how fast the data are: encoding, the plan, `prepare` (some 8 minutes)
 # make faults    every fault under every ZeRO stage; writes docs/faults.md (some 40 minutes)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
+# make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
 # make test-gpu  the tests that need an NVIDIA GPU
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -13,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c configs/constraints.txt
 TORCH = torch==2.13.0
 
-.PHONY: demo test install check bench faults chaos test-gpu
+.PHONY: demo test install check bench faults chaos real-size test-gpu
 
 demo: $(VENV)/installed
 	@$(BIN)/mistral-dist demo
@@ -36,6 +37,9 @@ bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/encode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/prepare.py --rows 1000000 --workers 1
+
+real-size: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/real_size.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -63,7 +63,7 @@ started =""",
 )
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, layers: int) -> Path:
     """Write the base, a layer at a time; return its folder."""
     target = folder / "mistral-7b-random"
     if (target / "config.json").is_file():
@@ -76,21 +76,21 @@ def make_base(folder: Path) -> Path:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
     def write(tensors: dict[str, torch.Tensor], number: int) -> None:
-        name = f"model-{number:05d}-of-{LAYERS + 1:05d}.safetensors"
+        name = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
         save_file(tensors, target / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(tensors, name))
 
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         tensors = {f"{prefix}{name}.weight": draw(*shape) for name, shape in SHAPES.items()}
         tensors |= {f"{prefix}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
         write(tensors, layer + 1)
     ends = {"model.embed_tokens.weight": draw(VOCABULARY, HIDDEN), "lm_head.weight": draw(VOCABULARY, HIDDEN)}
-    write({**ends, "model.norm.weight": ones}, LAYERS + 1)
+    write({**ends, "model.norm.weight": ones}, layers + 1)
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     _tokenizer(target)
-    _config(target)
+    _config(target, layers)
     return target
 
 
@@ -106,11 +106,11 @@ def _tokenizer(target: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(target)
 
 
-def _config(target: Path) -> None:
+def _config(target: Path, layers: int) -> None:
     from transformers import MistralConfig
 
     config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, max_position_embeddings=32768, sliding_window=None,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=layers, max_position_embeddings=32768, sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, architectures=["MistralForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(target)
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the files")
     parser.add_argument("--plain", action="store_true", help="also measure from_pretrained")
     parser.add_argument("--only", choices=["make", "load", "train"], help="one part")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer: a trial, of which the bars say nothing")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(asked.folder).free
@@ -259,7 +260,7 @@ def main() -> None:
     met: dict[str, Any] = {}
     try:
         started = time.perf_counter()
-        base = make_base(asked.folder)
+        base = make_base(asked.folder, asked.layers)
         print(f"{'writing the base':<34}{time.perf_counter() - started:>8.1f} s", flush=True)
         recipe = make_recipe(asked.folder, base)
         if asked.only in (None, "load"):

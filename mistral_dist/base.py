@@ -33,9 +33,9 @@ from mistral_dist.errors import MachineError, MistralDistError, ModelError
 from mistral_dist.hub import local_path
 from mistral_dist.runtime import process
 
-SLICE = 1 << 22
-"""Values that are quantized at once, a multiple of every block: some 80 MB of temporaries on the CPU, which for a whole
-weight of a 7B would be 1.2 GB."""
+SLICE = 1 << 18
+"""Values that are quantized at once, a multiple of every block: temporaries of 1 MB each. A whole weight of a 7B would take
+1.2 GB of them, and slices of 16 MB leave holes between what stays."""
 SHARD_BYTES = 128 * 2**20
 """A file of the cache; this much is held while it is written."""
 
