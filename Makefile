@@ -2,7 +2,7 @@
 # make test      everything that can be checked on this machine (installs first)
 # make install   the environment alone, in .venv
 # make check     formatting, lint, types, layers
-# make bench     how fast the data are: encoding, the plan, `prepare` (some 8 minutes)
+# make bench     how fast the data are: encoding, the plan, `prepare`; what going on and saving cost (some 10 minutes)
 # make test-gpu  the tests that need an NVIDIA GPU
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -26,6 +26,8 @@ bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/encode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/prepare.py --rows 1000000 --workers 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resume
+	$(BIN)/python -m benchmarks.saving
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
