@@ -86,9 +86,8 @@ def _report(seconds: dict[bool, list[float]], clocks: list[dict[str, float]], si
     # neighbours are compared, so that a machine that slows down for a while does so on both sides
     ratio = statistics.median(a / b for a, b in zip(seconds[True], seconds[False], strict=False))
     gather, write = (statistics.median(each[name] for each in clocks) for name in ("gather_seconds", "write_seconds"))
-    print(
-        f"checkpoint of {size / 1e6:,.0f} MB, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {len(seconds[True])} pairs of steps"
-    )
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    print(f"checkpoint of {size / 1e6:,.0f} MB, {threads}, {len(seconds[True])} pairs of steps")
     print(f"step without a writer {median[False]:.3f} s, with one {median[True]:.3f} s, ratio {ratio:.3f}")
     print(f"gather and copy {gather:.3f} s, writing {write:.2f} s: at work in {min(1.0, write / median[True]):.0%} of a step")
     if ratio > LIMIT:

@@ -1,14 +1,8 @@
 """Saving in a real run: killed inside a save at every point, and on a disk that fills up."""
 
-import errno
 import os
 import re
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
 
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run, never_killed, recipe  # noqa: F401 - fixtures
