@@ -2,7 +2,7 @@
 # make test      everything that can be checked on this machine (installs first)
 # make install   the environment alone, in .venv
 # make check     formatting, lint, types, layers
-# make bench     how fast the data are: encoding, the plan, `prepare` (some 8 minutes)
+# make bench     how fast the data are: encoding, the plan, `prepare`; what going on and saving cost (some 10 minutes)
 # make faults    every fault under every ZeRO stage; writes docs/faults.md (some 40 minutes)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
@@ -37,6 +37,8 @@ bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/encode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/prepare.py --rows 1000000 --workers 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resume
+	$(BIN)/python -m benchmarks.saving
 
 real-size: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/real_size.py

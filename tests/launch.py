@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "mistral_dist.cli"]
@@ -103,3 +104,28 @@ def workers(run: Path) -> list[psutil.Process]:
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    """A file system of its own in memory; skips where it may not be mounted."""
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all the room that is left."""
+    file = folder / "filler"
+    with open(file, "wb", buffering=0) as stream:
+        for size in (1 << 16, 1 << 12, 1):
+            with suppress(OSError):
+                while stream.write(b"x" * size):
+                    pass
+    assert os.statvfs(folder).f_bavail == 0
+    return file

@@ -147,8 +147,13 @@ class StopRequest:
 
 
 def give_way() -> None:
-    """Let all other threads of the machine go before the calling one (Linux: priorities are a thread's own)."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    """Lower the calling thread's priority by 15 (Linux: they are a thread's own).
+
+    Of a core that it shares with a thread of normal priority it then takes 36 parts of 1,060, or 3.4 %, which is still enough not to hold
+    up for long what waits for a lock of its own.
+    """
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 15))
 
 
 def peak_resident_bytes() -> int:

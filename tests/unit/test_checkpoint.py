@@ -10,9 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mistral_dist import checkpoint, files
-from mistral_dist.checkpoint import Progress, Snapshot
+from mistral_dist.checkpoint import Progress, Snapshot, to_drop
 from mistral_dist.config import Checkpoint
 from mistral_dist.data.stream import Cursor
 from mistral_dist.errors import CheckpointError
@@ -63,28 +65,97 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
 
 
+@pytest.mark.parametrize(
+    ("found", "newest", "rules", "dropped"),
+    [
+        ({5: None}, 5, {"save_total_limit": 1}, set()),
+        ({5: None, 10: None, 15: None}, 15, {"save_total_limit": 2}, {5}),
+        ({5: None, 10: None, 15: None}, 15, {"save_total_limit": 5}, set()),
+        # the best stay beside the last; of equal ones the later
+        ({5: 0.1, 10: 0.3, 15: 0.2, 20: 0.4}, 20, {"save_total_limit": 1, "save_best_limit": 1}, {10, 15}),
+        ({5: 0.1, 10: 0.3, 15: 0.2, 20: 0.4}, 20, {"save_total_limit": 1, "save_best_limit": 2}, {10}),
+        ({5: 0.1, 10: 0.1, 15: 0.2}, 15, {"save_total_limit": 1, "save_best_limit": 1}, {5}),
+        # no evaluation, or one that gave no number, is never the best
+        ({5: None, 10: float("nan"), 15: 0.9, 20: None}, 20, {"save_total_limit": 1, "save_best_limit": 2}, {5, 10}),
+        # every n-th for good
+        ({5: None, 10: None, 15: None, 20: None, 25: None}, 25, {"save_total_limit": 1, "keep_every_steps": 10}, {5, 15}),
+        # one of an older start lies beyond the one just written, which stays
+        ({200: None, 300: None}, 200, {"save_total_limit": 1}, set()),
+    ],
+)
+def test_the_rules_decide_what_goes(found: dict[int, float | None], newest: int, rules: dict[str, int], dropped: set[int]) -> None:
+    assert to_drop(found, newest, Checkpoint(**rules)) == dropped
+
+
+METRICS = st.one_of(st.none(), st.floats())
+
+
+@given(
+    st.dictionaries(st.integers(1, 500), METRICS, min_size=1),
+    st.data(),
+    st.integers(1, 5),
+    st.integers(0, 5),
+    st.none() | st.integers(1, 50),
+)
+def test_the_newest_the_last_the_best_and_the_regular_are_never_dropped(
+    found: dict[int, float | None], data: st.DataObject, last: int, best: int, every: int | None
+) -> None:
+    newest = data.draw(st.sampled_from(sorted(found)))
+    kept = found.keys() - to_drop(found, newest, Checkpoint(save_total_limit=last, save_best_limit=best, keep_every_steps=every))
+    assert newest in kept
+    assert set(sorted(found)[-last:]) <= kept
+    assert {step for step in found if every and step % every == 0} <= kept
+    measured = sorted(metric for metric in found.values() if metric is not None and metric == metric)
+    kept_values = sorted(metric for step in kept if (metric := found[step]) is not None and metric == metric)
+    assert kept_values[: min(best, len(measured))] == measured[:best]
+    regular = 0 if every is None else sum(step % every == 0 for step in found)
+    assert len(kept) <= 1 + last + best + regular, "and nothing else is kept"
+
+
+def test_the_best_stay_on_the_disk(tmp_path: Path) -> None:
+    rules = Checkpoint(save_total_limit=1, save_best_limit=1)
+    for step, metric in ((5, 0.5), (10, 0.3), (15, None), (20, 0.9)):
+        checkpoint.save(tmp_path, snapshot(step, metric=metric), rules)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20"]
+    assert checkpoint.load_progress(tmp_path / "checkpoint-10")[1]["metric"] == 0.3
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def add(file: Path) -> None:
+    file.with_name(file.name + ".old").write_bytes(b"")
+
+
+MANIFEST = "manifest.json"
+FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors", "progress.json")
 
 
 @pytest.mark.parametrize(
     ("file", "harm", "words"),
     [
-        ("optimizer.safetensors", flip, "optimizer.safetensors has another checksum"),
-        ("optimizer.safetensors", truncate, "optimizer.safetensors has"),
-        ("optimizer.safetensors", lambda file: file.write_bytes(b""), "has 0 bytes"),
-        ("adapter/adapter_model.safetensors", os.unlink, "adapter_model.safetensors is missing"),
-        ("progress.json", flip, "progress.json has another checksum"),
-        ("manifest.json", os.unlink, "manifest.json is missing"),
-        ("manifest.json", lambda file: file.write_bytes(file.read_bytes()[:-20]), "manifest.json cannot be read"),
-        ("manifest.json", lambda file: file.write_text(file.read_text().replace('"bytes"', '"bytet"')), "manifest.json cannot be read"),
-        ("manifest.json", lambda file: file.write_text("[]"), "manifest.json cannot be read"),
+        *((file, flip, f"{file} has another checksum") for file in FILES),
+        *((file, truncate, f"{file} has") for file in FILES),
+        *((file, empty, f"{file} has 0 bytes") for file in FILES),
+        *((file, os.unlink, f"{file} is missing") for file in FILES),
+        *((file, add, f"{file}.old is not of it") for file in (*FILES, MANIFEST)),
+        (MANIFEST, os.unlink, "manifest.json is missing"),
+        (MANIFEST, empty, "manifest.json cannot be read"),
+        (MANIFEST, lambda file: file.write_bytes(file.read_bytes()[:-20]), "manifest.json cannot be read"),
+        (MANIFEST, lambda file: file.write_text(file.read_text().replace('"bytes"', '"bytet"')), "manifest.json cannot be read"),
+        (MANIFEST, lambda file: file.write_text("[]"), "manifest.json cannot be read"),
+        (MANIFEST, lambda file: file.write_text('{"files": {}}'), "is not of it"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, file: str, harm: Callable[[Path], Any], words: str) -> None:
@@ -95,6 +166,12 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, file: str, h
     assert len(damaged) == 1
     assert "checkpoint-10" in damaged[0]
     assert words in damaged[0]
+
+
+def test_what_file_servers_leave_is_no_damage(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    (path / "adapter" / ".nfs0001").write_bytes(b"x")
+    assert checkpoint.verify(path) is None
 
 
 def test_damaged_ones_do_not_push_out_good_ones(tmp_path: Path) -> None:
