@@ -24,9 +24,7 @@ def names(run: Path) -> set[str]:
     return {re.sub(r"-[0-9a-f]{8}$", "", path.name) for path in (run / "checkpoints").iterdir()}
 
 
-@pytest.mark.fault(
-    "SIGKILL inside a save: five points of it", "the checkpoint before, or the new one if it is whole; the same bits", zero=(2,)
-)
+@pytest.mark.fault("SIGKILL inside a save: five points of it", "the newest whole checkpoint is used; the same bits", zero=(2,))
 def test_killed_inside_a_save_it_uses_what_is_whole(recipe: Path, never_killed: Path, tmp_path: Path) -> None:  # noqa: F811 - fixtures
     """Five kills in one run, each while checkpoint-15 is written; the first launch has made checkpoint-5 and -10."""
     run = tmp_path / "run"

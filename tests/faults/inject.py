@@ -1,6 +1,7 @@
 """Puts the faults into the modules that the worker will import from.
 
 nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that begins with this slot
+kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
 huge_rate                  [step, ...] or [step, null]: the learning rate is 1 there, or from there on
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from mistral_dist import loss, optim
 from mistral_dist.runtime import engine
+from tests.faults.killing import kill_in_save
 
 FAULTS = json.loads(os.environ["FAULTS"])
 now = [0, 0]
@@ -22,8 +24,8 @@ def noting(seed: int, step: int, slot: int) -> None:
     seed_noise(seed, step, slot)
 
 
-def spoiled(model: Any, batch: Any) -> Any:
-    found = summed_loss(model, batch)
+def spoiled(*given: Any) -> Any:
+    found = summed_loss(*given)
     if now in FAULTS.get("nan_loss", []):
         return found * float("nan")
     # with a gradient that is finite
@@ -36,4 +38,6 @@ def raised(step: int, steps: int, settings: Any) -> float:
     return 1.0 if is_huge else lr_at(step, steps, settings)
 
 
+if "kill_in_save" in FAULTS and os.environ["RANK"] == "0":
+    kill_in_save(*FAULTS["kill_in_save"])
 engine.seed_noise, loss.summed_loss, optim.lr_at = noting, spoiled, raised
