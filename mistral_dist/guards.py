@@ -74,9 +74,9 @@ class Guard:
         """After a step that was passed over."""
         return replace(self, refused=0, untrained=(*self.untrained, step))
 
-    def after_going_back(self, trouble: Trouble) -> "Guard":
-        """The guard of the checkpoint that the run went back to, which now knows what to pass over."""
-        return replace(self, windows=(*self.windows, (trouble.first, trouble.last)))
+    def after_going_back(self, saved: "Guard", trouble: Trouble) -> "Guard":
+        """The guard that a checkpoint holds, which now knows all that is passed over, however far back it lies."""
+        return replace(saved, windows=(*self.windows, (trouble.first, trouble.last)))
 
     def trouble(self, step: int, train: Train) -> Trouble | None:
         """Whether the run has to go back after this step, and why."""

@@ -156,7 +156,7 @@ class Session:
         if target is None:
             raise TrainingError(f"step {step}: {trouble.because}, and there is no checkpoint from before; {remedy}")
         found, _ = checkpoint.load_progress(target)
-        self.progress = replace(found, guard=found.guard.after_going_back(trouble))
+        self.progress = replace(found, guard=self.progress.guard.after_going_back(found.guard, trouble))
         self.runtime.scatter_adapter(checkpoint.adapter_of(target, adapter_parameters(self.runtime.bare_model)))
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
         self.drops, self.saved, self.saver.step = [], 0, 0

@@ -80,12 +80,22 @@ def test_steps_that_are_not_finite_are_left_out_and_after_three_the_run_goes_bac
 
 
 def test_after_going_back_the_steps_are_passed_over_and_count_as_no_update() -> None:
-    guard = after([1.0] * 10)[0].after_going_back(Trouble(12, 14, "because"))
+    saved = after([1.0] * 10)[0]
+    guard = after([1.0] * 14)[0].after_going_back(saved, Trouble(12, 14, "because"))
     assert [step for step in range(1, 20) if guard.passes_over(step)] == [12, 13, 14]
     again = guard.after(11, None).after_passing(12)
     assert again.untrained == (11, 12)
     assert again.refused == 0, "what is passed over says nothing about the adapter"
-    assert again.losses == guard.losses
+    assert again.losses == guard.losses == saved.losses
+
+
+def test_each_way_back_is_remembered_however_far_it_leads() -> None:
+    """Else a run could go back for ever between the same two checkpoints."""
+    early = after([1.0] * 5)[0]
+    once = early.after_going_back(after([1.0] * 20)[0], Trouble(31, 33, "because"))
+    twice = once.after_going_back(early, Trouble(8, 22, "because"))
+    assert twice.windows == ((31, 33), (8, 22))
+    assert twice.losses == early.losses
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1e6)), max_size=150), st.integers(0, 150))
