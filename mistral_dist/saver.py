@@ -48,6 +48,8 @@ class Saver:
         """Of the newest checkpoint that is there; 0 for none."""
         self.trouble = ""
         """Why the last save failed; empty where it did not."""
+        self.seconds = 0.0
+        """That the last save took, from gather to publishing."""
         self._run = run
         self._rules = rules
         self._say = say
@@ -76,6 +78,7 @@ class Saver:
         if outcome.problem is not None and not isinstance(outcome.problem, OSError):
             raise outcome.problem
         self.trouble, self._clocks = outcome.told, outcome.clocks()
+        self.seconds = outcome.gather_seconds + outcome.write_seconds
         if outcome.problem is None:
             self.step = outcome.step
         else:

@@ -122,6 +122,8 @@ class Session:
             return
         self.run.check_lease()
         saved = self.saver.settle()
+        if saved:
+            self.runtime.note_save(self.saver.seconds)
         self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
         if order is not None:
             self.run.append("data_order.jsonl", {"step": step, "ids": order})
@@ -180,12 +182,11 @@ class Session:
         """
         if self.progress.step == self.saved and not last:
             return
-        if self.runtime.on_main(self.saver.newest) == self.progress.step:
-            return
         self.runtime.at("saving", self.progress.step)
-        self._hand_over(metric)
-        if last:
-            self.runtime.on_main(self.saver.finish)
+        if self.runtime.on_main(self.saver.newest) != self.progress.step:
+            self._hand_over(metric)
+            if last:
+                self.runtime.on_main(self.saver.finish)
         self.runtime.at("between steps", self.progress.step)
         self.clock = time.monotonic()
 
