@@ -152,7 +152,8 @@ class Session:
         step, train = self.progress.step, self.recipe.train
         remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples in untrained.jsonl"
         if len(self.progress.guard.windows) >= train.max_rewinds:
-            raise TrainingError(f"step {step}: {trouble.because}; the run went back {train.max_rewinds} times already; {remedy}")
+            often = "once" if train.max_rewinds == 1 else f"{train.max_rewinds} times"
+            raise TrainingError(f"step {step}: {trouble.because}; the run went back {often} already (train.max_rewinds); {remedy}")
         self.runtime.on_main(self.saver.newest)
         target = self.runtime.on_main(lambda: checkpoint.retreat(self.run.checkpoints, before=trouble.first))
         if target is None:

@@ -83,10 +83,10 @@ def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int, long_rec
 @pytest.mark.fault("an adapter that is spoiled again and again", "fails with the diagnosis, exit code 1", zero=(0,))
 def test_a_run_that_stays_spoiled_fails_with_a_diagnosis(long_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["train", long_recipe, f"run.dir={run}", "--processes", "1"]
+    words = ["train", long_recipe, f"run.dir={run}", "train.max_rewinds=1", "--processes", "1"]
     done = mistral_dist(*words, **faults.environment(huge_rate=[59, None]))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "the run went back 2 times already" in status(run)["message"]
+    assert "the run went back once already (train.max_rewinds)" in status(run)["message"]
     assert "optim.learning_rate" in status(run)["message"]
 
 
