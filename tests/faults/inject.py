@@ -38,6 +38,6 @@ def raised(step: int, steps: int, settings: Any) -> float:
     return 1.0 if is_huge else lr_at(step, steps, settings)
 
 
-if "kill_in_save" in FAULTS and os.environ["RANK"] == "0":
+if "kill_in_save" in FAULTS and os.environ.get("RANK", "0") == "0":
     kill_in_save(*FAULTS["kill_in_save"])
 engine.seed_noise, loss.summed_loss, optim.lr_at = noting, spoiled, raised

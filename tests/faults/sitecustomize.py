@@ -1,6 +1,7 @@
 """Imported by Python itself at its start, where this folder is on the path: see __init__.py. Only workers have faults."""
 
 import os
+import sys
 
-if "FAULTS" in os.environ and "RANK" in os.environ:
+if "FAULTS" in os.environ and "mistral_dist.train" in sys.orig_argv and not any("accelerate" in word for word in sys.orig_argv):
     import tests.faults.inject  # noqa: F401
