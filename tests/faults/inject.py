@@ -2,7 +2,7 @@
 
 nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that begins with this slot
 kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
-huge_rate                  [step, ...] or [step, null]: the learning rate is 1 there, or from there on
+huge_rate                  [step, ...]: the learning rate is 1 there
 """
 
 import json
@@ -33,9 +33,7 @@ def spoiled(*given: Any) -> Any:
 
 
 def raised(step: int, steps: int, settings: Any) -> float:
-    huge = FAULTS.get("huge_rate", [])
-    is_huge = step + 1 in huge or (None in huge and step + 1 >= huge[0])
-    return 1.0 if is_huge else lr_at(step, steps, settings)
+    return 1.0 if step + 1 in FAULTS.get("huge_rate", []) else lr_at(step, steps, settings)
 
 
 if "kill_in_save" in FAULTS and os.environ.get("RANK", "0") == "0":
