@@ -3,8 +3,8 @@
     checkpoint-100/
       adapter/                 PEFT's own format; float32, so these are the master weights
       optimizer.safetensors    AdamW's moments by parameter name, float32
-      progress.json            step, cursor (of all lanes of a stream), metric, seed of all noise, fingerprints of data, encoding, base
-      manifest.json            size and SHA-256 of each file, versions, topology; written last
+      progress.json            step, cursor (of all lanes), guard, metric, seed of all noise, fingerprints of data, encoding, base
+      manifest.json            size and SHA-256 of each file, versions; written last
 
 A checkpoint is written aside, synced, checksummed and renamed. Nothing in it depends on the number of ranks or the ZeRO
 stage. All noise is drawn from (seed, step, slot), so the seed and the step are the whole state of every random generator.
@@ -119,7 +119,10 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
         raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
     _write_tensors(folder / "adapter_model.safetensors", named)
     config.save_pretrained(str(folder))
-    read = load_file(folder / "adapter_model.safetensors")
+    try:
+        read = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the adapter cannot be read back ({error})", str(folder)) from None
     if read.keys() != named.keys() or not all(torch.equal(read[name], named[name]) for name in named):
         raise OSError(errno.EIO, "the adapter read back is not the one that is trained; is the disk sound?", str(folder))
 

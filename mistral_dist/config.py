@@ -179,8 +179,8 @@ class Train(Section):
     max_skipped_steps: Count = 3
     """Steps in a row whose loss or gradient is not finite. Each is left out; after so many the run goes back."""
     spike_threshold: Positive | None = 6.0
-    """The run goes back where five losses in a row are so many (robust) standard deviations above those of the 50 steps
-    before them; null: it never does."""
+    """The run goes back where five losses in a row are so many (robust) standard deviations above the median of the
+    20 steps before them; null: it never does."""
     max_rewinds: Annotated[int, Field(ge=0)] = 2
     """Times that a run goes back, to a checkpoint from before the trouble, and passes over the steps that led to it. Then it fails."""
     deterministic: bool = False
@@ -202,7 +202,7 @@ class Checkpoint(Section):
     """The last ones are kept, so many; 2 leaves one to fall back on."""
     save_best_limit: Annotated[int, Field(ge=0)] = 0
     """Beside the last ones, so many with the lowest loss on the validation examples; those saved without an evaluation do
-    not count among them."""
+    not count among them. Training takes no evaluation yet, so none is kept for that."""
     keep_every_steps: Count | None = None
     """Beside these, each checkpoint whose step is a multiple is kept for good; null: none."""
 

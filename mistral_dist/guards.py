@@ -101,8 +101,3 @@ def center_and_spread(losses: tuple[float, ...]) -> tuple[float, float]:
     center = median(losses[-RECENT:])
     spread = ROBUST * median(abs(after - before) for before, after in pairwise(losses)) / math.sqrt(2)
     return center, max(spread, LEAST * abs(center))
-
-
-def is_trained(loss: float, grad_norm: float) -> bool:
-    """Whether a step's update was made: the engine leaves it out, on all ranks, where the gradient's norm is not finite."""
-    return math.isfinite(loss) and math.isfinite(grad_norm)

@@ -70,8 +70,8 @@ class RunDirectory:
 
         Raises OSError where the folder cannot be written, or may not because the lease has expired.
         """
-        if self._is_expired():
-            raise OSError(errno.ETIMEDOUT, "the lease could not be renewed", str(self.path))
+        if self._is_expired() or (self.lease is not None and self.lease.lost):
+            raise OSError(errno.ETIMEDOUT, "the lease could not be renewed, or another holds it", str(self.path))
         before = self.status() or {}
         kept = {key: before.get(key) for key in ("step", "steps", "checkpoint")}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -151,8 +151,13 @@ class Lease:
         self._over = threading.Event()
         self.lost = False
         """Another process holds the run now."""
-        self.expired = False
-        """Could not be renewed for so long that another host may take the run over: nothing may be written until it is."""
+        self.renewed = time.monotonic()
+        """When the lease was last renewed. A process that was stopped and goes on sees at once how long ago that is."""
+
+    @property
+    def expired(self) -> bool:
+        """Not renewed for so long that another host may have taken the run over: nothing may be written until it is."""
+        return time.monotonic() - self.renewed > self.EXPIRES
 
     def __enter__(self) -> "Lease":
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +207,6 @@ class Lease:
         self.lost = self.lost or (read_json(self._file) or {}).get("token") != self._token
 
     def _renew(self) -> None:
-        renewed = time.monotonic()
         while not self._over.wait(self.RENEW):
             # a file server that is away for a moment costs nothing; for longer, another may take over
             with contextlib.suppress(OSError):
@@ -210,8 +214,7 @@ class Lease:
                 if self.lost:
                     return
                 replace_text(self._file, self._content())
-                renewed = time.monotonic()
-            self.expired = time.monotonic() - renewed > self.EXPIRES
+                self.renewed = time.monotonic()
 
 
 def holder(path: Path) -> str | None:

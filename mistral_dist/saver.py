@@ -114,6 +114,7 @@ class Saver:
         started = time.monotonic()
         problem: Exception | None = None
         try:
+            self._run.check_publishing()
             # a checkpoint claims that its steps were made: their lines come first
             self._run.sync()
             checkpoint.save(self._run.checkpoints, snapshot, self._rules, self._run.check_publishing)

@@ -4,6 +4,7 @@ The loop in train.py says when things happen; here is what they are.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.saver import Saver, describe
 
+SHOWN = 8
+"""Examples that the log names where a step was not trained."""
 STATUS_EVERY = 1.0
 """Seconds between two updates of status.json, each of which is synced to the disk."""
 
@@ -115,7 +118,7 @@ class Session:
         self.progress = Progress(step, work.cursor, guard)
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
-        order = self._data_order(work) if self.recipe.log.data_order and not passed else None
+        order = self._data_order(work) if self.recipe.log.data_order or result.untrained else []
         suspects = [id for rank in self.runtime.gather(result.suspects) for id in rank] if result.untrained else []
         self.drops += [(self.progress.step, slot, drop) for slot, drop in work.drops]
         if not self.runtime.is_main:
@@ -125,14 +128,14 @@ class Session:
         if saved:
             self.runtime.note_save(self.saver.seconds)
         self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
-        if order is not None:
+        if self.recipe.log.data_order and not passed:
             self.run.append("data_order.jsonl", {"step": step, "ids": order})
         if result.untrained:
-            self.run.append("untrained.jsonl", {"step": step, "because": result.untrained, "ids": suspects})
+            self.run.append("untrained.jsonl", {"step": step, "because": result.untrained, "ids": order, "suspects": suspects})
         if saved or now - self.told > STATUS_EVERY:
             self.told = now
             self._tell_status()
-        told = f"not trained: {result.untrained}" if result.loss is None else f"loss {result.loss:.4f}"
+        told = _untrained(result.untrained, suspects) if result.loss is None else f"loss {result.loss:.4f}"
         self.say(f"step {step}/{self.steps}  {told}  {seconds:.2f} s")
 
     def passes_over(self, work: Work) -> bool:
@@ -146,11 +149,11 @@ class Session:
     def go_back(self, trouble: Trouble) -> None:
         """Return to the newest good checkpoint from before the trouble; what led to it will be passed over.
 
-        The checkpoint is written again with that decision in it, so that a killed run goes on the same way. Raises
-        TrainingError, with a diagnosis, where there is no such checkpoint or the run went back too often.
+        The checkpoint stays as it is: a run that is killed before the next one is saved meets the same trouble, and goes back
+        again. Raises TrainingError, with a diagnosis, where there is no such checkpoint or the run went back too often.
         """
         step, train = self.progress.step, self.recipe.train
-        remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples in untrained.jsonl"
+        remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples that log.txt names"
         if len(self.progress.guard.windows) >= train.max_rewinds:
             often = "once" if train.max_rewinds == 1 else f"{train.max_rewinds} times"
             raise TrainingError(f"step {step}: {trouble.because}; the run went back {often} already (train.max_rewinds); {remedy}")
@@ -162,10 +165,9 @@ class Session:
         self.progress = replace(found, guard=self.progress.guard.after_going_back(found.guard, trouble))
         self.runtime.scatter_adapter(checkpoint.adapter_of(target, adapter_parameters(self.runtime.bare_model)))
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
-        self.drops, self.saved, self.saver.step = [], 0, 0
+        self.drops, self.saved, self.saver.step = [], self.progress.step, self.progress.step
         self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
         self.runtime.on_main(lambda: self.run.cut_back(self.progress.step))
-        self.save()
 
     def is_checkpoint_due(self) -> bool:
         """Whether this step is one of those that the recipe saves."""
@@ -314,7 +316,7 @@ class Session:
             "loss": result.loss,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
-            "trained_tokens": work.targets,
+            "trained_tokens": 0 if result.untrained else work.targets,
             "tokens": work.tokens,
             "examples": work.examples,
             **dropped,
@@ -344,6 +346,11 @@ class Session:
         config.target_modules = sorted(config.target_modules)
         config.modules_to_save = sorted(config.modules_to_save) if config.modules_to_save else None
         return config
+
+
+def _untrained(because: str, suspects: Sequence[str]) -> str:
+    named = f"; among {', '.join(suspects[:SHOWN])}{' ...' if len(suspects) > SHOWN else ''}" if suspects else ""
+    return f"not trained: {because}{named}"
 
 
 def _name(step: int) -> str | None:

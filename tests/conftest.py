@@ -36,7 +36,7 @@ FAULTS = pytest.StashKey[list[tuple[tuple[str, str, str, tuple[int, ...]], bool]
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     row = fault_table.row_of(item)
-    if row is not None and (report.when == "call" or report.failed):
+    if row is not None and not report.skipped and (report.when == "call" or report.failed):
         item.config.stash.setdefault(FAULTS, []).append((row, report.passed))
     return report
 

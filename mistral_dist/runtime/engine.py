@@ -235,14 +235,11 @@ class Runtime:
     def byte_sum(self, parameters: Sequence[torch.nn.Parameter]) -> int:
         """The sum of all bytes of tensors that may be sharded: equal before and after sharding unless bytes changed.
 
-        A collective once the model is prepared under ZeRO-3; every rank then holds a part, padded with zeros.
+        A collective once the model is prepared under ZeRO-3, when every rank holds a part.
         """
-        sharded = [getattr(parameter, "ds_tensor", None) for parameter in parameters]
-        here = sum(
-            int((parameter if part is None else part).detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
-            for parameter, part in zip(parameters, sharded, strict=True)
-        )
-        is_split = any(part is not None for part in sharded)
+        own = (shards.own_elements(parameter, self.rank) for parameter in parameters)
+        here = sum(int(part.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for part in own)
+        is_split = any(hasattr(parameter, "ds_tensor") for parameter in parameters)
         return sum(self.gather(here)) if is_split else here
 
     def refuse_unsharded(self, frozen: Sequence[Any]) -> None:

@@ -37,6 +37,14 @@ def scatter_parameters(parameters: Mapping[str, torch.nn.Parameter], optimizer: 
         kept_whole[0].all_gather(kept_whole)
 
 
+def own_elements(parameter: Any, rank: int) -> torch.Tensor:
+    """What a rank holds of a parameter: under ZeRO-3 its part, else all of it. Without the padding, which is uninitialised memory."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    return part.detach().flatten()[: max(0, parameter.ds_numel - rank * part.numel())]
+
+
 def held_bytes(parameters: Iterable[Any]) -> tuple[int, int]:
     """Bytes of these parameters that this rank has allocated, and bytes that they have when whole."""
     held = whole = 0

@@ -233,12 +233,16 @@ class Watch:
         assert isinstance(guilty, list)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         threading.Timer(20.0, os._exit, [FAILED]).start()
-        with suppress(RuntimeError, OSError):
-            if self._rank == min((rank for rank in self._ranks if rank not in guilty), default=self._rank):
+        # each by itself: what cannot be written must not keep a hung process alive
+        if self._rank == min((rank for rank in self._ranks if rank not in guilty), default=self._rank):
+            with suppress(Exception):
                 self._report(f"{message}; stacks are in {self._stacks.parent}; run the same command to go on")
+            with suppress(Exception):
                 self._board.set("reported", "")
-            else:
+        else:
+            with suppress(Exception):
                 _wait(lambda: self._board.check(["reported"]), 10.0)
+        with suppress(Exception):
             self._end([self._ranks[rank].beat for rank in guilty if rank != self._rank])
         os._exit(FAILED)
 

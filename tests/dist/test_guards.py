@@ -36,8 +36,9 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
     untrained = lines(run / "untrained.jsonl")
     assert [(entry["step"], entry["because"]) for entry in untrained] == [(3, "the loss is not finite"), (6, "the loss is not finite")]
     for entry in untrained:
-        assert 0 < len(entry["ids"]) < len(order[entry["step"]]), "the ids of one slot"
-        assert set(entry["ids"]) < set(order[entry["step"]])
+        assert entry["ids"] == order[entry["step"]]
+        assert 0 < len(entry["suspects"]) < len(entry["ids"]), "those of one slot"
+        assert set(entry["suspects"]) < set(entry["ids"])
     assert steps_of(run, "metrics.jsonl") == list(range(1, 9))
     assert [entry["step"] for entry in lines(run / "metrics.jsonl") if entry["loss"] is None] == [3, 6]
 

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_a_run_that_was_taken_over_is_left_alone(run: RunDirectory, saver: Saver
 
 def test_a_lease_that_has_expired_lets_nothing_be_published(run: RunDirectory, saver: Saver) -> None:
     with Lease(run) as lease:
-        lease.expired = True
+        lease.renewed -= 2 * Lease.EXPIRES
         saver.start(snapshot(5), 0.0)
         assert saver.newest() == 0
         assert "the lease could not be renewed" in saver.trouble
@@ -184,7 +185,7 @@ def test_a_lease_that_has_expired_lets_nothing_be_published(run: RunDirectory, s
         assert not (run.path / "metrics.jsonl").exists()
         with pytest.raises(OSError, match="lease"):
             run.set_status("running", None, "training")
-        lease.expired = False
+        lease.renewed = time.monotonic()
         saver.start(snapshot(10), 0.0)
         assert saver.newest() == 10
     assert steps_in(run.path / "metrics.jsonl") == [6]
