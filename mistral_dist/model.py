@@ -103,7 +103,7 @@ def _as_the_base(dtype: torch.dtype, _module: torch.nn.Module, _inputs: Any, out
 
 def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> peft.PeftModel:
     """The model that training starts from: quantized base, fresh adapter, activation checkpointing."""
-    base = _frozen(recipe.model, device, attention)
+    base = frozen_base(recipe.model, device, attention)
     model = add_adapter(base, recipe.lora, recipe.model.name, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
         # non-reentrant: keeps working when no input requires a gradient, as with a frozen embedding
@@ -113,7 +113,7 @@ def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> pef
 
 def load_tuned(model: Model, adapter: Path, device: torch.device, attention: str) -> peft.PeftModel:
     """The base with a trained adapter, for evaluation and chat, in eval mode."""
-    base = _frozen(model, device, attention)
+    base = frozen_base(model, device, attention)
     tuned = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=False).eval()
     return tuned if model.quantization == "nf4" else tuned.to(device)
 
@@ -128,7 +128,7 @@ def packed_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if isinstance(parameter, bnb.nn.Params4bit)]
 
 
-def _frozen(model: Model, device: torch.device, attention: str) -> Any:
+def frozen_base(model: Model, device: torch.device, attention: str) -> Any:
     """The base as everything here uses it: under autocast in bfloat16."""
     return _computing_in(load_base(model, device, attention), compute_dtype(model, device), device)
 

@@ -225,7 +225,7 @@ def test_target_modules_that_do_not_exist_are_refused(recipe: Callable[..., Reci
 
 def untied(recipe: Recipe, dtype: str = "float32", quantization: str = "nf4") -> Any:
     """A base whose output head is a matrix of its own, as Mistral-7B's is, as training loads it."""
-    base = load_base(recipe.model.model_copy(update={"dtype": dtype, "quantization": quantization}), CPU, "sdpa")
+    base = frozen_base(recipe.model.model_copy(update={"dtype": dtype, "quantization": quantization}), CPU, "sdpa")
     base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone(), requires_grad=False)
     base.config.tie_word_embeddings = False
     return base
