@@ -24,6 +24,7 @@ from mistral_dist.model import (
     add_adapter,
     build_trainable,
     choose_attention,
+    frozen_base,
     packed_weights,
 )
 from mistral_dist.runtime.engine import seed_noise
