@@ -110,6 +110,7 @@ def test_asked_while_loading_they_leave_with_what_there_was(recipe: Path, tmp_pa
     assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.matrix
 @pytest.mark.fault("train.max_seconds", "saved and stopped in time, exit code 85", zero=(2,))
 def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
