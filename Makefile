@@ -26,7 +26,7 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu tests/gpu
 
 faults: $(VENV)/installed-dev
-	$(BIN)/pytest -m fault --deselect tests/dist/test_chaos.py --fault-table docs/faults.md tests/dist
+	$(BIN)/pytest -m fault --fault-table docs/faults.md tests/dist
 
 SEED ?= 0
 KILLS ?= 20
