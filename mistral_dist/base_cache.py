@@ -2,7 +2,8 @@
 
 An entry is a folder of safetensors and a manifest. Its name is a digest of everything that decides its bytes: the SHA-256
 of each of the base's files, the settings, the libraries. Files are hashed whole, once; after that their size, times and
-inode vouch for them. Nothing here imports torch: a launcher looks before it starts anything.
+inode vouch for them. By the same hashes a run knows its base again (`fingerprint`). Nothing here imports torch: a launcher
+looks before it starts anything.
 """
 
 import fcntl
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +32,14 @@ VARIABLE = "MISTRAL_DIST_CACHE"
 """A folder for the cache, or `off`."""
 DEFAULT = "~/.cache/mistral-dist"
 MANIFEST = "manifest.json"
+OTHER_WEIGHTS = (".bin", ".gguf", ".safetensors")
 SETTINGS = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
 LIBRARIES = ("bitsandbytes", "torch", "transformers")
 """What the bytes of a quantized base depend on."""
 SAME_MOMENT = 2_000_000_000
 """Nanoseconds. A file that changed so short a time ago could change again within its time stamp, as in git's index."""
+HASHERS = 4
+"""Files that are hashed at once: SHA-256 takes a core for some 1.4 GB/s."""
 PATIENCE = 540.0
 """Seconds that a process waits for another one that builds; below the ten minutes after which a collective gives up."""
 
@@ -72,6 +77,20 @@ def weight_files(base: Path) -> dict[str, Path]:
     except (ValueError, KeyError):
         raise ModelError(f"{index}: is damaged; fetch or copy the base again") from None
     return {name: base / name for name in sorted(names)}
+
+
+def fingerprint(model: Model) -> str:
+    """Which base a run is trained on: of the content of its files, and of the settings that decide what is made of them.
+
+    Not of its folder, the device or the libraries. 16 hex digits. Without a cache, and after a change, all files are read.
+    Raises ModelError where one cannot be.
+    """
+    base = local_path(model)
+    try:
+        digests = _digests_of(folder(), base)
+    except OSError as error:
+        raise ModelError(f"{base}: cannot be read ({error}); fetch or copy the base again") from None
+    return digest({"files": digests, "dtype": _dtype(model), "quantization": SETTINGS if model.quantization == "nf4" else None})
 
 
 def find(model: Model, device: str) -> Entry | None:
@@ -176,15 +195,23 @@ def _place(home: Path, model: Model, device: str, digests: dict[str, str]) -> Pa
 
 def _description(device: str, model: Model, digests: dict[str, str]) -> dict[str, Any]:
     """Everything that decides an entry's bytes."""
-    dtype = "float32" if model.dtype == "float32" else "bfloat16"
     libraries = {name: version(name) for name in LIBRARIES}
-    return {"format": 1, "files": digests, "dtype": dtype, "device": device, "quantization": SETTINGS, "libraries": libraries}
+    return {"format": 1, "files": digests, "dtype": _dtype(model), "device": device, "quantization": SETTINGS, "libraries": libraries}
+
+
+def _dtype(model: Model) -> str:
+    return "float32" if model.dtype == "float32" else "bfloat16"
+
+
+def _files(base: Path) -> dict[str, Path]:
+    """The files that decide what a base is; where its weights are not in safetensors, all that may hold some."""
+    weights = weight_files(base) or {file.name: file for file in sorted(base.iterdir()) if file.suffix in OTHER_WEIGHTS}
+    return {"config.json": base / "config.json", **weights}
 
 
 def _stamps(base: Path) -> dict[str, list[int]]:
     """Size, times and inode of each file that decides what the base is; the change time is one that no program can set."""
-    files = {"config.json": base / "config.json", **weight_files(base)}
-    found = {name: file.stat() for name, file in files.items()}
+    found = {name: file.stat() for name, file in _files(base).items()}
     return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in found.items()}
 
 
@@ -200,13 +227,32 @@ def _known_digests(home: Path, base: Path) -> dict[str, str] | None:
     return memo["digests"]
 
 
+def _digests_of(home: Path | None, base: Path) -> dict[str, str]:
+    """The SHA-256 of each file, kept for the next time; of processes that ask at once, one reads. Without a cache, read each time."""
+    if home is not None:
+        with suppress(OSError):
+            known = _known_digests(home, base)
+            if known is not None:
+                return known
+            home.mkdir(parents=True, exist_ok=True)
+            with _lock(home):
+                return _digests(home, base)
+    return _hashed(base)
+
+
+def _hashed(base: Path) -> dict[str, str]:
+    files = _files(base)
+    with ThreadPoolExecutor(HASHERS) as threads:
+        return dict(zip(files, threads.map(_sha256, files.values()), strict=True))
+
+
 def _digests(home: Path, base: Path) -> dict[str, str]:
+    """Under the lock."""
     known = _known_digests(home, base)
     if known is not None:
         return known
     now, stamps = time.time_ns(), _stamps(base)
-    files = {"config.json": base / "config.json", **weight_files(base)}
-    digests = {name: _sha256(file) for name, file in files.items()}
+    digests = _hashed(base)
     if all(max(stamp[1:3]) < now - SAME_MOMENT for stamp in stamps.values()) and _stamps(base) == stamps:
         memo = _memo(home, base)
         memo.parent.mkdir(exist_ok=True)

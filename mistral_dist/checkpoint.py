@@ -81,8 +81,8 @@ class Snapshot:
         return sum(tensor.nbytes for tensors in (self.adapter, self.moments) for tensor in tensors.values()) + BESIDE_TENSORS
 
 
-def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Callable[[], None] = lambda: None) -> Path:
-    """Write `checkpoint-<step>` into `folder`, then drop what the rules do not keep; return its path.
+def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Callable[[], None] = lambda: None, reach: int = 0) -> Path:
+    """Write `checkpoint-<step>` into `folder`, then drop what neither the rules nor the guards (`reach`) keep; return its path.
 
     `permit` is called when all is written, before it is published, and may raise. Raises CheckpointError where the adapter
     must not be saved, OSError where the checkpoint cannot be written; those before it are untouched then.
@@ -100,7 +100,7 @@ def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Cal
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):  # the checkpoint is there; what is too many is dropped after the next one
-        _retain(folder, snapshot.progress.step, rules)
+        _retain(folder, snapshot.progress.step, rules, reach)
     return target
 
 
@@ -256,8 +256,8 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def to_drop(found: Mapping[int, float | None], newest: int, rules: config.Checkpoint) -> set[int]:
-    """The steps whose checkpoints go: all but the last ones, the best ones, every n-th, and always the newest.
+def to_drop(found: Mapping[int, float | None], newest: int, rules: config.Checkpoint, reach: int = 0) -> set[int]:
+    """The steps whose checkpoints go: all but the last ones, the best ones, every n-th, those to go back to, and always the newest.
 
     `found`: step -> metric, where the lower is the better; None or NaN is never among the best. `newest`: the one that has
     just been written, which is good for certain.
@@ -265,12 +265,25 @@ def to_drop(found: Mapping[int, float | None], newest: int, rules: config.Checkp
     measured = [(metric, -step) for step, metric in found.items() if metric is not None and not math.isnan(metric)]
     best = {-step for _, step in sorted(measured)[: rules.save_best_limit]}
     regular = {step for step in found if rules.keep_every_steps and step % rules.keep_every_steps == 0}
-    return found.keys() - best - regular - {newest, *sorted(found)[-rules.save_total_limit :]}
+    return found.keys() - best - regular - to_go_back_to(found, newest, reach) - {newest, *sorted(found)[-rules.save_total_limit :]}
 
 
-def _retain(folder: Path, newest: int, rules: config.Checkpoint) -> None:
+def to_go_back_to(found: Iterable[int], newest: int, reach: int) -> set[int]:
+    """Of these steps' checkpoints the newest that is `reach` steps old or more, and the one after it.
+
+    The second becomes the first when it is old enough, so there is always one, and none is older than twice the reach and the
+    steps between two saves.
+    """
+    if reach == 0:
+        return set()
+    old = max((step for step in found if step <= newest - reach), default=0)
+    after = min((step for step in found if step > old), default=newest)
+    return {old, after} - {0}
+
+
+def _retain(folder: Path, newest: int, rules: config.Checkpoint, reach: int) -> None:
     found = {_step(path): path for path in _all(folder)}
-    for step in to_drop({step: _metric(path) for step, path in found.items()}, newest, rules):
+    for step in to_drop({step: _metric(path) for step, path in found.items()}, newest, rules, reach):
         remove(found[step])
 
 

@@ -117,6 +117,9 @@ def train(
     overrides: Overrides = None,
     processes: Processes = None,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; default: 2 with several processes, else 0")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="ZeRO 2 or 3 with the optimizer's state and update in the machine's own memory")
+    ] = False,
     config_file: Annotated[Path | None, typer.Option(help="An accelerate config of your own")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start anew")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="One process, 20 steps, in a run directory of its own")] = False,
@@ -129,10 +132,12 @@ def train(
     words = list(overrides or [])
     if debug:
         words += ["train.steps=20", f"run.dir={Recipe.load(recipe_file, words).run_dir}-debug"]
-        processes, zero = 1, 0
+        processes, zero, offload = 1, 0, False
         discard(Recipe.load(recipe_file, words).run_dir)
     recipe = Recipe.load(recipe_file, words)
-    code = start_training(recipe, [str(recipe_file), *words], processes=processes, zero=zero, config=config_file, fresh=fresh)
+    code = start_training(
+        recipe, [str(recipe_file), *words], processes=processes, zero=zero, offload=offload, config=config_file, fresh=fresh
+    )
     raise typer.Exit(code)
 
 

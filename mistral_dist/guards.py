@@ -93,6 +93,13 @@ class Guard:
         return Trouble(max(1, step + 1 - 2 * PATIENCE), step, because)
 
 
+def reach(train: Train) -> int:
+    """Steps between the one that shows the trouble and the newest checkpoint that may be gone back to; 0 where the run never goes back."""
+    if train.max_rewinds == 0:
+        return 0
+    return PATIENCE + max(train.max_skipped_steps, PATIENCE if train.spike_threshold is not None else 0)
+
+
 def center_and_spread(losses: tuple[float, ...]) -> tuple[float, float]:
     """Median of the recent losses, and standard deviation of all; a few outliers move neither, a steady fall not the second.
 

@@ -43,7 +43,8 @@ class Outcome:
 class Saver:
     """The one writer of a run's checkpoints, on rank 0; on other ranks it has nothing to do."""
 
-    def __init__(self, run: RunDirectory, rules: config.Checkpoint, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDirectory, rules: config.Checkpoint, say: Callable[[str], None], reach: int = 0) -> None:
+        """`reach`: how many steps a checkpoint must be old to be gone back to (guards.py)."""
         self.step = 0
         """Of the newest checkpoint that is there; 0 for none."""
         self.trouble = ""
@@ -53,6 +54,7 @@ class Saver:
         self._run = run
         self._rules = rules
         self._say = say
+        self._reach = reach
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._waited = 0.0
@@ -65,6 +67,10 @@ class Saver:
         # no daemon: a process that ends for another reason finishes what it writes
         self._thread = threading.Thread(target=self._write, args=(snapshot, self._waited, gathered), name="saver")
         self._thread.start()
+
+    def is_writing(self) -> bool:
+        """Whether a save is on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
 
     def settle(self) -> bool:
         """Note how a save went, if one has ended since the last call, and return whether that is so.
@@ -117,7 +123,7 @@ class Saver:
             self._run.check_publishing()
             # a checkpoint claims that its steps were made: their lines come first
             self._run.sync()
-            checkpoint.save(self._run.checkpoints, snapshot, self._rules, self._run.check_publishing)
+            checkpoint.save(self._run.checkpoints, snapshot, self._rules, self._run.check_publishing, self._reach)
         except (OSError, MistralDistError) as error:
             problem = error
         except Exception as error:

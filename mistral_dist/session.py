@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_dist import checkpoint
+from mistral_dist.base_cache import fingerprint
 from mistral_dist.card import model_card
 from mistral_dist.checkpoint import Progress, Snapshot
 from mistral_dist.config import Recipe
@@ -20,7 +21,7 @@ from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import FINISHED, MachineError, RunError, TrainingError
 from mistral_dist.files import sweep
-from mistral_dist.guards import Trouble
+from mistral_dist.guards import Trouble, reach
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
@@ -66,11 +67,12 @@ class Session:
     peft_config: Any = None
     drops: list[tuple[int, int, Drop]] = field(default_factory=list)
     """(step, slot, drop) of this rank's rows since the last checkpoint."""
-    base: int = 0
-    """The byte sum of the frozen weights: which base this is."""
+    base: str = ""
+    """The fingerprint of the base's files."""
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.run, self.recipe.checkpoint, self.say)
+        self.saver = Saver(self.run, self.recipe.checkpoint, self.say, reach(self.recipe.train))
+        self.runtime.is_writing = self.saver.is_writing
 
     @property
     def steps(self) -> int:
@@ -84,18 +86,19 @@ class Session:
         Raises RunError where data, tokenizer or base are not those that the run began with.
         """
         session = cls(recipe, runtime, run, feed)
-        found = session._find_checkpoint()
+        session.base = runtime.on_each_machine(lambda: fingerprint(recipe.model))
         attention = choose_attention(recipe.model, runtime.device)
-        runtime.refuse_drift({"attention": attention, f"the data in {feed.place}": feed.fingerprint, "held-out data": feed.held_out})
+        data = {f"the data in {feed.place}": feed.fingerprint, "held-out data": feed.held_out}
+        runtime.refuse_drift({"attention": attention, f"the base {recipe.model.name}": session.base, **data})
+        found = session._find_checkpoint()
         ranks = f"{runtime.world_size} x {runtime.device.type}"
-        session.say(f"{ranks}, ZeRO {runtime.zero_stage}, attention {attention}, {session.steps} steps; loading the model")
+        session.say(f"{ranks}, {runtime.sharding}, attention {attention}, {session.steps} steps; loading the model")
+        runtime.agree_to_go_on()
         model = build_trainable(recipe, runtime.device, attention)
         session.peft_config = model.peft_config["default"]
         packed = runtime.byte_sum(packed_weights(model))
-        session.base = runtime.byte_sum([parameter for parameter in model.parameters() if not parameter.requires_grad])
         parameters = adapter_parameters(model)
         if found is not None:
-            session._refuse_other_base(found)
             checkpoint.load_adapter(found, parameters)
         runtime.agree_to_go_on()
         runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
@@ -285,19 +288,17 @@ class Session:
 
     def _refuse_other(self, facts: dict[str, Any]) -> None:
         """Raise RunError where what is trained on is not what the checkpoint was made with; before the model is loaded."""
-        now = {"encoding": self.feed.encoding, "data": self.feed.fingerprint, "held_out": self.feed.held_out}
-        what = {"encoding": "tokenizer or chat format", "data": f"data of {self.feed.place}", "held_out": "held-out data"}
-        for fact, found in now.items():
-            self._refuse(what[fact], facts.get(fact), found)
-
-    def _refuse_other_base(self, found: Path) -> None:
-        """Raise RunError where the base model's weights are not those that the checkpoint was made with."""
-        self._refuse(f"weights of {self.recipe.model.name}", checkpoint.load_progress(found)[1].get("base"), self.base)
-
-    def _refuse(self, what: str, before: Any, now: Any) -> None:
-        if before != now:
-            ways_out = "start another run with run.dir=..., or --fresh to move the old one aside"
-            raise RunError(f"{self.run.path}: began with other {what}: fingerprint {before} then, {now} now; {ways_out}")
+        model = self.recipe.model
+        base = f"files of the base {model.name}{f' than those in {model.path}' if model.path else ''}"
+        for fact, what, now, instead in (
+            ("encoding", "tokenizer or chat format", self.feed.encoding, ""),
+            ("base", base, self.base, "put them back (model.path, or the hub's cache), "),
+            ("data", f"data of {self.feed.place}", self.feed.fingerprint, ""),
+            ("held_out", "held-out data", self.feed.held_out, ""),
+        ):
+            if facts.get(fact) != now:
+                ways_out = f"{instead}start another run with run.dir=..., or --fresh to move the old one aside"
+                raise RunError(f"{self.run.path}: began with other {what}: fingerprint {facts.get(fact)} then, {now} now; {ways_out}")
 
     def _mark_start(self) -> None:
         self.run.cut_back(self.progress.step)
@@ -336,7 +337,7 @@ class Session:
             "base": self.base,
             # all noise is drawn from (seed, step, slot): this and the step are every random generator's state
             "rng": {"seed": self.recipe.train.seed},
-            "written_by": {"world_size": self.runtime.world_size, "zero_stage": self.runtime.zero_stage},
+            "written_by": {"world_size": self.runtime.world_size, "sharding": self.runtime.sharding},
         }
 
     def _adapter_config(self) -> Any:

@@ -9,6 +9,13 @@ import math
 import sys
 from collections.abc import Sequence
 
+from mistral_dist.runtime.process import StopRequest
+
+STOP = StopRequest()
+if __name__ == "__main__":
+    # before anything else: torch takes seconds to import, in which a signal would end this process without a word
+    STOP.__enter__()
+
 import torch
 
 from mistral_dist.checkpoint import versions
@@ -23,7 +30,6 @@ from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.drift import code_fingerprint, recipe_facts
 from mistral_dist.runtime.engine import Runtime, seed_noise
-from mistral_dist.runtime.process import StopRequest
 from mistral_dist.session import Session, StepResult
 
 
@@ -114,7 +120,7 @@ def main(words: list[str]) -> int:
     """One worker: `RECIPE [section.field=value ...]`; return the exit code."""
     try:
         recipe = Recipe.load(words[0] if words else "", words[1:])
-        with StopRequest() as stop:
+        with STOP as stop:
             runtime = join(recipe, stop)
             with open_run(recipe, runtime) as run:
                 code = train(recipe, runtime, run)
@@ -129,8 +135,8 @@ def join(recipe: Recipe, stop: StopRequest) -> Runtime:
     """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
     try:
         runtime = Runtime(recipe, stop)
-        stage = {"ZeRO stage": str(runtime.zero_stage)}
-        runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **stage, **versions(), **recipe_facts(recipe)})
+        sharding = {"the sharding": runtime.sharding}
+        runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **sharding, **versions(), **recipe_facts(recipe)})
         return runtime
     except Exception as error:
         if holder(recipe.run_dir) is None:

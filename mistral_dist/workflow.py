@@ -28,6 +28,7 @@ def start_training(
     *,
     processes: int | None = None,
     zero: int | None = None,
+    offload: bool = False,
     config: Path | None = None,
     fresh: bool = False,
 ) -> int:
@@ -47,7 +48,7 @@ def start_training(
             say(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh")
             return FINISHED
     prepare_if_needed(recipe)
-    line = training_line(recipe, words, processes=processes, zero=zero, config=config)
+    line = training_line(recipe, words, processes=processes, zero=zero, offload=offload, config=config)
     if fresh:  # only now, when nothing speaks against the new run
         old = move_aside(run.path)
         if old is not None:
@@ -119,13 +120,24 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
 
 
 def training_line(
-    recipe: Recipe, words: Sequence[str], *, processes: int | None = None, zero: int | None = None, config: Path | None = None
+    recipe: Recipe,
+    words: Sequence[str],
+    *,
+    processes: int | None = None,
+    zero: int | None = None,
+    offload: bool = False,
+    config: Path | None = None,
 ) -> launcher.Line:
-    """The `accelerate launch` line: one process without ZeRO, several under ZeRO-2, unless asked otherwise."""
+    """The `accelerate launch` line: one process without ZeRO, several under ZeRO-2, unless asked otherwise; `offload` needs ZeRO."""
+    if offload and zero is None and config is None:
+        zero = 2
+    if offload and zero not in (2, 3):
+        asked = "" if zero is None else f" with --zero {zero}"
+        raise RecipeError(f"--offload{asked}: the optimizer is offloaded under ZeRO-2 and 3 only; add --zero 2 or --zero 3")
     gpus = launcher.visible_gpus()
     if config is not None:
         # the user's own: it decides what is not asked for here, the port between machines included
-        stage = assets.find(f"configs/deepspeed/zero{zero}.json") if zero else None
+        stage = _stage(zero, offload)
         join = launcher.join_seconds()
         return launcher.Line(
             config, "mistral_dist.train", tuple(words), processes, stage, free_port=False, join_seconds=join, gpus=gpus > 0
@@ -137,9 +149,13 @@ def training_line(
         raise RecipeError(f"train.global_batch_size={packs}: cannot be shared by {count} processes; {remedy}")
     zero = zero if zero is not None else 2 if count > 1 else 0
     name = "multi_gpu" if zero else "single_gpu" if count == 1 else "data_parallel"
-    stage = assets.find(f"configs/deepspeed/zero{zero}.json") if zero else None
     accelerate = assets.find(f"configs/accelerate/{name}.yaml")
-    return launcher.Line(accelerate, "mistral_dist.train", tuple(words), count, stage, gpus=gpus > 0)
+    return launcher.Line(accelerate, "mistral_dist.train", tuple(words), count, _stage(zero, offload), gpus=gpus > 0)
+
+
+def _stage(zero: int | None, offload: bool) -> Path | None:
+    """The DeepSpeed configuration; None without ZeRO."""
+    return assets.find(f"configs/deepspeed/zero{zero}{'_offload' if offload else ''}.json") if zero else None
 
 
 def _announce(line: launcher.Line, run: RunDirectory) -> None:

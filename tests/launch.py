@@ -28,9 +28,15 @@ def mistral_dist(*words: str | Path, cwd: Path = ROOT, **environment: str) -> "s
     )
 
 
-def train(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: int = 2, **environment: str) -> Path:
+def stage(zero: int | str) -> list[str]:
+    """The words for a ZeRO stage: 0 to 3, "2+offload" or "3+offload"."""
+    number, _, offload = str(zero).partition("+")
+    return ["--zero", number, *(["--offload"] if offload else [])]
+
+
+def train(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: int | str = 2, **environment: str) -> Path:
     """Train a recipe to its end in a run directory; return that."""
-    words = ["train", recipe, f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero)]
+    words = ["train", recipe, f"run.dir={run}", *overrides, "--processes", str(processes), *stage(zero)]
     done = mistral_dist(*words, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return run
@@ -60,10 +66,10 @@ def status(run: Path) -> dict[str, Any]:
 
 @contextmanager
 def training(
-    recipe: Path, run: Path, *overrides: str, until: int, processes: int = 2, zero: int = 2, **environment: str
+    recipe: Path, run: Path, *overrides: str, until: int, processes: int = 2, zero: int | str = 2, **environment: str
 ) -> "Iterator[subprocess.Popen[str]]":
     """A training that has made `until` steps; whatever of it still lives is killed at the end."""
-    words = ["train", str(recipe), f"run.dir={run}", *overrides, "--processes", str(processes), "--zero", str(zero)]
+    words = ["train", str(recipe), f"run.dir={run}", *overrides, "--processes", str(processes), *stage(zero)]
     started = subprocess.Popen(
         [*COMMAND, *words], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -42,14 +42,14 @@ class Deadline:
         """What comes now is no micro-step."""
         self._last = None
 
-    def is_over(self, save: float | None) -> bool:
-        """Whether it is time to stop; `save`: seconds that the longest save took.
+    def is_over(self, save: float | None, saves: int = 1) -> bool:
+        """Whether it is time to stop; `save`: seconds that the longest save took; `saves`: how many are still to be waited for.
 
-        Two micro-steps are reserved beside it: the one in which the time ends and the one that follows.
+        Two micro-steps are reserved beside them: the one in which the time ends and the one that follows.
         """
         if self._seconds is None:
             return False
-        reserve = min(SAVE_FLOOR, self._seconds / 10) if save is None else save
+        reserve = saves * (min(SAVE_FLOOR, self._seconds / 10) if save is None else save)
         return self._clock() - self._started + reserve + 2 * self._longest >= self._seconds
 
 
@@ -62,30 +62,30 @@ class Control:
         self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._pending: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
 
-    def check(self, save: float | None = None) -> None:
+    def check(self, save: float | None = None, saves: int = 1) -> None:
         """At the beginning of a micro-step. Raises StopAgreed where any rank was asked before its last micro-step began.
 
-        `save`: seconds that the longest save took.
+        `save`, `saves`: as for `Deadline.is_over`.
         """
         self.deadline.lap()
         self._refuse(self._read())
-        self._post(save)
+        self._post(save, saves)
         if self._group is None:
             self._refuse(self._read())
 
-    def agree(self, save: float | None = None) -> None:
+    def agree(self, save: float | None = None, saves: int = 1) -> None:
         """Where ranks may wait: between the stages of loading. Raises StopAgreed where any rank was asked before."""
         self.deadline.rest()
         before = self._read()
-        self._post(save)
+        self._post(save, saves)
         self._refuse(max(before, self._read()))
 
     def finish(self) -> None:
         """Read what is still on its way, before the group is destroyed. A request that came so late finds the run at its end."""
         self._read()
 
-    def _post(self, save: float | None) -> None:
-        asked = int(self._stop.signal) if self._stop.signal is not None else TIME_IS_OVER if self.deadline.is_over(save) else 0
+    def _post(self, save: float | None, saves: int) -> None:
+        asked = int(self._stop.signal) if self._stop.signal is not None else TIME_IS_OVER if self.deadline.is_over(save, saves) else 0
         flag = torch.tensor([asked], dtype=torch.int32)
         work = None
         if self._group is not None:

@@ -5,7 +5,6 @@ data parallelism otherwise. The rooms above see one interface; which of the two 
 """
 
 import datetime
-import json
 import math
 import random
 import socket
@@ -20,13 +19,14 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import MachineError, MistralDistError, RecipeError, RunError, TrainingError
+from mistral_dist.errors import MistralDistError, RunError, TrainingError
 from mistral_dist.runtime import process, shards
 from mistral_dist.runtime.control import Control, Deadline
 from mistral_dist.runtime.drift import drift
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory, standing
 from mistral_dist.runtime.pace import Pace
 from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch
+from mistral_dist.runtime.zero import accumulation_steps, deepspeed_config, offloads, without_compiled_collectives
 
 T = TypeVar("T")
 
@@ -46,13 +46,14 @@ class Runtime:
         zero, accumulation = None, 1
         if recipe is not None:
             accumulation = accumulation_steps(recipe, self.world_size)
-            zero = _deepspeed_config(recipe, self.world_size)
+            zero = deepspeed_config(recipe, self.world_size)
             if recipe.train.deterministic:
                 _make_deterministic()
             if zero and not has_gpu:
-                _without_compiled_collectives()
+                without_compiled_collectives()
         grouped = zero is not None or self.world_size > 1
         self.zero_stage = zero["zero_optimization"]["stage"] if zero else 0
+        self.is_offloaded = zero is not None and offloads(zero["zero_optimization"])
         self._accumulation = accumulation
         self._max_grad_norm = recipe.optim.max_grad_norm if recipe else 1.0
         self._accelerator = Accelerator(
@@ -77,6 +78,8 @@ class Runtime:
         self.place = Place()
         self._arrived = time.monotonic()
         self._save_seconds: float | None = None
+        self.is_writing: Callable[[], bool] = lambda: False
+        """Whether a checkpoint of this rank is on its way to the disk, for which the last one will have to wait."""
         self._pace = Pace(self.device)
         self._packs: Sequence[int] = ()
         self._recipe = recipe
@@ -106,14 +109,14 @@ class Runtime:
 
     def agree_to_go_on(self) -> None:
         """Where nothing is half done. Raises StopAgreed where any rank was asked to stop. A collective, which waits."""
-        self._control.agree(self._save_seconds)
+        self._control.agree(self._save_seconds, 1 + self.is_writing())
 
     def check_stop(self) -> None:
         """Where ranks work without exchanging anything, say between two batches of an evaluation: as each micro-step does.
 
         Raises StopAgreed where any rank was asked before it last came here. Waits for nobody who is less than one call behind.
         """
-        self._control.check(self._save_seconds)
+        self._control.check(self._save_seconds, 1 + self.is_writing())
 
     def watch(self, stall_seconds: float | None, stacks: Path, report: Callable[[str], None], say: Callable[[str], None]) -> None:
         """Look after the other ranks from now on, and be looked after; see watch.py."""
@@ -122,6 +125,11 @@ class Runtime:
                 self.rank, self.world_size, _board(), stall_seconds,
                 place=lambda: self.place, pace=lambda: self._pace.median(ENOUGH), stacks=stacks, report=report, say=say,
             )  # fmt: skip
+
+    @property
+    def sharding(self) -> str:
+        """How the state is shared out, in words."""
+        return f"ZeRO {self.zero_stage}{' with optimizer offload' if self.is_offloaded else ''}"
 
     @property
     def is_main(self) -> bool:
@@ -201,19 +209,15 @@ class Runtime:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Do something on rank 0 while the others wait; its result, or the error it raised, is everybody's."""
-        outcome: tuple[T | None, Exception | None] = (None, None)
-        if self.is_main:
-            try:
-                outcome = (action(), None)
-            except (MistralDistError, OSError) as error:
-                outcome = (None, error)
-            except Exception as error:
-                # whatever it is (a library's own kind may not even pickle), the other ranks must not wait for it
-                outcome = (None, TrainingError(f"{type(error).__name__}: {error}"))
-        result, problem = self.gather(outcome)[0]
-        if problem is not None:
-            raise problem
-        return result
+        return _told(self.gather(_tried(action) if self.is_main else None)[0])
+
+    def on_each_machine(self, action: Callable[[], T]) -> T:
+        """Do something on the first rank of each machine while the others wait; its result, or the error it raised, is that of them all."""
+        machine, is_first = process.environment("GROUP_RANK", "0"), process.environment("LOCAL_RANK", "0") == "0"
+        everywhere = self.gather((machine, _tried(action) if is_first else None))
+        outcomes = {where: outcome for where, outcome in everywhere if outcome is not None}
+        failed = [outcome for outcome in outcomes.values() if outcome[1] is not None]
+        return _told(failed[0] if failed else outcomes[machine])
 
     def gather_adapter(self) -> dict[str, torch.Tensor]:
         """The trainable parameters by name, whole, float32, on the CPU; only on rank 0. A collective."""
@@ -275,7 +279,7 @@ class Runtime:
             what="GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory",
             peak=self.memory_bytes(),
             capacity=torch.cuda.get_device_properties(self.device).total_memory if is_gpu else None,
-            parts=standing(self.model, self._optimizer),
+            parts=standing(self.model, self._optimizer, self.device),
             packs=self._packs,
         )
         return TrainingError(explanation(scene, self._recipe))
@@ -296,6 +300,24 @@ class Runtime:
         return {name: p for name, p in self.bare_model.named_parameters() if p.requires_grad}
 
 
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What an action returned, or the error it raised, in a shape that can be sent to other ranks."""
+    try:
+        return action(), None
+    except (MistralDistError, OSError) as error:
+        return None, error
+    except Exception as error:
+        # whatever it is (a library's own kind may not even pickle), the other ranks must not wait for it
+        return None, TrainingError(f"{type(error).__name__}: {error}")
+
+
+def _told(outcome: tuple[Any, Exception | None]) -> Any:
+    result, problem = outcome
+    if problem is not None:
+        raise problem
+    return result
+
+
 def _patience(recipe: Recipe | None) -> datetime.timedelta:
     """How long ranks wait for each other in a collective."""
     stall = recipe.train.stall_seconds if recipe is not None else None
@@ -314,79 +336,6 @@ def seed_noise(seed: int, step: int, slot: int) -> None:
     """Seed what is random in one micro-batch (LoRA dropout): the same wherever and whenever the slot is computed."""
     mixed = random.Random(f"{seed}/{step}/{slot}").getrandbits(63)
     torch.manual_seed(mixed)
-
-
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches of each rank in a step. Raises RecipeError where there are more ranks than packs in a step."""
-    packs, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    if world_size > packs:
-        raise RecipeError(
-            f"train.global_batch_size={packs}: cannot be shared by {world_size} GPUs; use at most {packs} of them,"
-            " or start a new run with a larger global batch"
-        )
-    per_rank = -(-packs // world_size)
-    return -(-per_rank // micro)
-
-
-def _deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any] | None:
-    """The DeepSpeed JSON that `accelerate launch` named, its "auto" values filled in; None without DeepSpeed."""
-    if process.environment("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return None
-    file = process.environment("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file == "none":
-        raise MachineError("the accelerate config names no deepspeed_config_file; use one of configs/accelerate/")
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise MachineError(f"{file}: not a DeepSpeed configuration that can be read: {error}") from None
-    return resolve_deepspeed(config, recipe, world_size, file)
-
-
-def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, file: str = "deepspeed config") -> dict[str, Any]:
-    """Fill the "auto" values of a DeepSpeed configuration from the recipe; refuse what would change what is learned.
-
-    Raises MachineError for a number that contradicts the recipe, and for a 16-bit engine: it would cast the adapter's
-    master weights, and the packed 4-bit weights with them (model.py).
-    """
-    accumulation = accumulation_steps(recipe, world_size)
-    decided = {
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": recipe.train.micro_batch_size * accumulation * world_size,
-        "gradient_clipping": recipe.optim.max_grad_norm,
-    }
-    for key, value in decided.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise MachineError(f'{file}: {key} is {config[key]}, the recipe makes it {value}; write "auto"')
-    for problem in _refused_in_deepspeed(config):
-        raise MachineError(f"{file}: {problem}")
-    return {**config, **decided}
-
-
-def _refused_in_deepspeed(config: dict[str, Any]) -> Iterator[str]:
-    """What a DeepSpeed configuration must not say, in words."""
-    for key in ("bf16", "fp16", "torch_autocast", "amp"):
-        if config.get(key, {}).get("enabled", False):
-            yield f"{key} must not be enabled: the adapter is kept in float32; remove the section (model.dtype decides)"
-    for key in ("optimizer", "scheduler"):
-        if key in config:
-            yield f"{key} is the recipe's to decide; remove the section"
-    zero = config.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
-            yield f"zero_optimization.{key}: not supported yet; remove the section (what it would move is small)"
-    if zero.get("stage") not in (1, 2, 3):
-        yield "zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml"
-
-
-def _without_compiled_collectives() -> None:
-    """Have DeepSpeed use gloo on the CPU, as everything else does.
-
-    It would compile shared-memory collectives of its own at its first start: that takes a compiler and half a minute.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _make_deterministic() -> None:

@@ -66,8 +66,8 @@ def remedy(recipe: Recipe) -> str:
     return f"{go_on} a new run with data.max_length={recipe.data.max_length // 2} run.dir=..."
 
 
-def standing(model: Any, optimizer: Any) -> dict[str, int]:
-    """Bytes of this rank that stay from step to step, by part; of what is sharded, this rank's shard."""
+def standing(model: Any, optimizer: Any, device: torch.device) -> dict[str, int]:
+    """Bytes of this rank on `device` that stay from step to step, by part; of what is sharded, this rank's shard."""
     parts = dict.fromkeys(("frozen base", "adapter", "gradients", "optimizer"), 0)
     for parameter in model.parameters() if model is not None else ():
         held = getattr(parameter, "ds_tensor", parameter)
@@ -75,7 +75,8 @@ def standing(model: Any, optimizer: Any) -> dict[str, int]:
         parts["gradients"] += _bytes(parameter.grad)
     inner = getattr(optimizer, "optimizer", optimizer)
     for state in getattr(inner, "state", {}).values():
-        parts["optimizer"] += sum(_bytes(value) for value in state.values())
+        # an offloaded state lies elsewhere
+        parts["optimizer"] += sum(_bytes(value) for value in state.values() if getattr(value, "device", device).type == device.type)
     return parts
 
 

@@ -124,14 +124,14 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 class StopRequest:
-    """Remembers that a stop signal came. Handlers are in place while the context is open."""
+    """Remembers that a stop signal came. Handlers are in place while the context is open; to enter it again changes nothing."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
+        for number in STOP_SIGNALS if not self._before else ():
             self._before[number] = signal.signal(number, self._remember)
         return self
 
@@ -141,6 +141,7 @@ class StopRequest:
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, StopRequest):
                 outer.signal = outer.signal or self.signal
+        self._before.clear()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)

@@ -18,7 +18,8 @@ import pytest
 
 from mistral_dist import errors
 from mistral_dist.config import Recipe
-from mistral_dist.runtime.engine import resolve_deepspeed
+from mistral_dist.runtime.zero import resolve_deepspeed
+from mistral_dist.workflow import training_line
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "mistral_dist"
@@ -79,7 +80,33 @@ def test_a_stage_accumulates_in_float32_and_leaves_the_recipe_its_numbers(file: 
     config = json.loads(file.read_text())
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert {key: config.get(key) for key in DECIDED} == dict.fromkeys(DECIDED, "auto")
-    assert file.stem == f"zero{config['zero_optimization']['stage']}"
+    offload = "_offload" if "offload_optimizer" in config["zero_optimization"] else ""
+    assert file.stem == f"zero{config['zero_optimization']['stage']}{offload}"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_changes_where_the_optimizer_is_and_nothing_else(stage: int) -> None:
+    plain, offloaded = (json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}{kind}.json").read_text()) for kind in ("", "_offload"))
+    assert offloaded["zero_optimization"].pop("offload_optimizer") == {"device": "cpu", "pin_memory": True}
+    assert offloaded.pop("zero_force_ds_cpu_optimizer") is False
+    assert offloaded == plain
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "wanted"),
+    [(None, True, "zero2_offload"), (2, True, "zero2_offload"), (3, True, "zero3_offload"), (3, False, "zero3"), (None, False, "zero2")],
+)
+def test_the_options_of_train_name_the_stage(zero: int | None, offload: bool, wanted: str) -> None:
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "demo")
+    line = training_line(Recipe.load(recipe), [str(recipe)], processes=2, zero=zero, offload=offload)
+    assert line.deepspeed is not None and line.deepspeed.stem == wanted
+    assert line.config.stem == "multi_gpu"
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_offload_without_a_stage_that_has_it_is_refused(zero: int) -> None:
+    with pytest.raises(errors.RecipeError, match=rf"--offload with --zero {zero}: .*add --zero 2 or --zero 3"):
+        training_line(Recipe.load(RECIPES[0]), [], zero=zero, offload=True)
 
 
 @pytest.mark.parametrize("file", ACCELERATE, ids=name)

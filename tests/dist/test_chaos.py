@@ -27,7 +27,7 @@ A_LIFE = 4
 STEPS = (A_LIFE + 4) * KILLS + 6
 """A group makes a few more before the kill comes."""
 BFLOAT16 = "model.dtype=bfloat16"
-TOPOLOGIES = [(1, 0), *((processes, zero) for processes in (1, 2, 3, 4) for zero in (1, 2, 3))]
+TOPOLOGIES = [(1, 0), *((processes, zero) for processes in (1, 2, 3, 4) for zero in (1, 2, 3, "2+offload", "3+offload"))]
 
 
 def kill_at_random(rng: random.Random, run: Path, started: int) -> str:
@@ -42,7 +42,7 @@ def kill_at_random(rng: random.Random, run: Path, started: int) -> str:
     return whom
 
 
-def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: list[tuple[int, int]], *overrides: str) -> Counter[str]:
+def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: list[tuple[int, int | str]], *overrides: str) -> Counter[str]:
     """All the lives of a run but its last; return what they met."""
     met: Counter[str] = Counter()
     for _ in range(KILLS):

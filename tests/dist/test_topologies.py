@@ -5,28 +5,31 @@ Real processes on gloo, the real engine, a real pretrained model (its lower laye
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from mistral_dist.config import Recipe
 from mistral_dist.data.prepared import Prepared, read_manifest
 from tests.conftest import WriteRecipe
-from tests.launch import lines, losses, mistral_dist, train
+from tests.launch import lines, losses, metrics, mistral_dist, train
 
 STEPS = 50
-TOPOLOGIES = {"one process": (1, 0), "ZeRO-1 x 2": (2, 1), "ZeRO-2 x 2": (2, 2), "ZeRO-3 x 2": (2, 3), "ZeRO-3 x 3": (3, 3)}
+Topologies = dict[str, tuple[int, int | str]]
+TOPOLOGIES: Topologies = {"one process": (1, 0), "ZeRO-1 x 2": (2, 1), "ZeRO-2 x 2": (2, 2), "ZeRO-3 x 2": (2, 3), "ZeRO-3 x 3": (3, 3)}
+OFFLOAD: Topologies = {"ZeRO-2 x 2 with offload": (2, "2+offload"), "ZeRO-3 x 2 with offload": (2, "3+offload")}
 
 
-def all_topologies(recipe: Path, folder: Path, *overrides: str) -> dict[str, Path]:
+def all_topologies(topologies: Topologies, recipe: Path, folder: Path, *overrides: str) -> dict[str, Path]:
     assert mistral_dist("prepare", recipe).returncode == 0
     return {
         name: train(recipe, folder / name.replace(" ", "-"), *overrides, processes=processes, zero=zero)
-        for name, (processes, zero) in TOPOLOGIES.items()
+        for name, (processes, zero) in topologies.items()
     }
 
 
 def test_float32_losses_and_order_agree_under_every_topology(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(train={"epochs": 4, "steps": STEPS, "global_batch_size": 4, "gradient_checkpointing": False})
-    runs = all_topologies(recipe, tmp_path / "runs")
+    runs = all_topologies(TOPOLOGIES | OFFLOAD, recipe, tmp_path / "runs")
     alone = runs["one process"]
     assert len(losses(alone)) == STEPS
     order = lines(alone / "data_order.jsonl")
@@ -37,6 +40,10 @@ def test_float32_losses_and_order_agree_under_every_topology(write_recipe: Write
         print(f"{name}: float32 losses within {worst:.1e} of one process at each of {STEPS} steps")
         assert worst <= 1e-4, name
     assert losses(alone)[-1] < losses(alone)[0]
+    run, wanted = runs["ZeRO-2 x 2 with offload"], runs["ZeRO-2 x 2"]
+    assert metrics(run) == metrics(wanted)
+    for file in ("adapter/adapter_model.safetensors", f"checkpoints/checkpoint-{STEPS}/optimizer.safetensors"):
+        assert (run / file).read_bytes() == (wanted / file).read_bytes(), f"{file}: with offload the same to the bit"
 
 
 def each_example_once_an_epoch(ids: list[str], recipe: Recipe, at_least: int = 2) -> None:
@@ -52,7 +59,7 @@ def each_example_once_an_epoch(ids: list[str], recipe: Recipe, at_least: int = 2
 
 def test_bfloat16_losses_agree_under_every_topology(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(train={"epochs": 4, "steps": STEPS, "global_batch_size": 4, "gradient_checkpointing": False})
-    runs = all_topologies(recipe, tmp_path / "runs", "model.dtype=bfloat16")
+    runs = all_topologies(TOPOLOGIES, recipe, tmp_path / "runs", "model.dtype=bfloat16")
     alone = runs["one process"]
     for name, run in runs.items():
         assert lines(run / "data_order.jsonl") == lines(alone / "data_order.jsonl"), name
@@ -73,14 +80,17 @@ def test_gradients_agree_however_a_global_batch_is_cut(write_recipe: WriteRecipe
         train={"steps": 1, "global_batch_size": 8, "gradient_checkpointing": False}, optim={"max_grad_norm": 1e9, "learning_rate": 1e-3}
     )
     assert mistral_dist("prepare", recipe).returncode == 0
-    cuts = {"1 x 8": (1, 0, 8), "1 x 2 x 4": (1, 0, 2)}
+    cuts: dict[str, tuple[int, int | str, int]] = {"1 x 8": (1, 0, 8), "1 x 2 x 4": (1, 0, 2)}
     cuts |= {f"{cut}, ZeRO-{zero}": (ranks, zero, 2) for zero in (2, 3) for cut, ranks in (("1 x 2 x 4", 1), ("2 x 2 x 2", 2))}
+    cuts["2 x 2 x 2, ZeRO-3+offload"] = (2, "3+offload", 2)
     gradients = {}
     for name, (processes, stage, micro) in cuts.items():
         run = train(recipe, tmp_path / name.replace(" ", ""), f"train.micro_batch_size={micro}", processes=processes, zero=stage)
         moments = load_file(run / "checkpoints" / "checkpoint-1" / "optimizer.safetensors")
         gradients[name] = {key: value / 0.1 for key, value in moments.items() if key.endswith("exp_avg")}
         assert lines(run / "metrics.jsonl")[0]["trained_tokens"] % 8, "the targets should be ragged"
+    for key, gradient in gradients["2 x 2 x 2, ZeRO-3"].items():
+        assert torch.equal(gradients["2 x 2 x 2, ZeRO-3+offload"][key], gradient), "with offload the same to the bit"
     wanted = gradients.pop("1 x 8")
     assert len(wanted) == 2 * 7 * 3
     for name, found in gradients.items():

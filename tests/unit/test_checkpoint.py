@@ -112,6 +112,20 @@ def test_the_newest_the_last_the_best_and_the_regular_are_never_dropped(
     assert len(kept) <= 1 + last + best + regular, "and nothing else is kept"
 
 
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 60))
+def test_there_is_always_a_checkpoint_that_is_old_enough_to_go_back_to(every: int, last: int, reach: int) -> None:
+    """And it is not older than need be, nor are many kept for it."""
+    rules, kept = Checkpoint(save_steps=every, save_total_limit=last), set[int]()
+    for step in range(1, 400):
+        if step > reach + every:  # a trouble is seen before the step is saved
+            old = max(at for at in kept if at <= step - reach)
+            assert step - old <= 2 * (reach + every)
+        if step % every == 0:
+            kept.add(step)
+            kept -= to_drop(dict.fromkeys(kept), step, rules, reach)
+            assert len(kept) <= last + 2
+
+
 def test_the_best_stay_on_the_disk(tmp_path: Path) -> None:
     rules = Checkpoint(save_total_limit=1, save_best_limit=1)
     for step, metric in ((5, 0.5), (10, 0.3), (15, None), (20, 0.9)):

@@ -1,5 +1,6 @@
 """Conversations to ids and targets, shown as text: [what the loss counts] stands in brackets."""
 
+import copy
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,14 @@ def test_the_fingerprint_sees_template_and_task(tokenizer: Any, monkeypatch: pyt
     assert Encoder(tokenizer, Task(kind="chat", system="x")).fingerprint != first
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
     assert Encoder(tokenizer, Task(kind="chat")).fingerprint != first
+
+
+def test_the_fingerprint_sees_every_token(tokenizer: Any) -> None:
+    first = Encoder(tokenizer, Task(kind="pretrain")).fingerprint
+    other = copy.deepcopy(tokenizer)
+    assert Encoder(other, Task(kind="pretrain")).fingerprint == first
+    other.add_tokens(["a token that was not there"])
+    assert Encoder(other, Task(kind="pretrain")).fingerprint != first
 
 
 # what a template may do

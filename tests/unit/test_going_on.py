@@ -18,7 +18,7 @@ from tests.unit.test_checkpoint import snapshot
 RECIPE = "version: 1\ntask: {kind: chat}\ndata: {sources: [{path: x.jsonl}]}\nmodel: {name: org/model}\n"
 STREAM: Any = SimpleNamespace(steps=9)
 FEED = Feed(STREAM, "data-1", "data/r", "9 examples", "held-1", "encoding-1")
-ALONE: Any = SimpleNamespace(is_main=True, world_size=1, zero_stage=0, on_main=lambda action: action())
+ALONE: Any = SimpleNamespace(is_main=True, world_size=1, sharding="ZeRO 0", on_main=lambda action: action())
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
 
 
-def session(run: RunDirectory, feed: Feed = FEED, base: int = 77) -> Session:
+def session(run: RunDirectory, feed: Feed = FEED, base: str = "base-1") -> Session:
     path = run.path.parent / "r.yaml"
     path.write_text(RECIPE)
     return Session(Recipe.load(path), ALONE, run, feed, base=base)
@@ -41,7 +41,6 @@ def saved(run: RunDirectory) -> Path:
 def test_with_the_same_it_goes_on(run: RunDirectory, saved: Path) -> None:
     same = session(run)
     assert same._find_checkpoint() == saved
-    same._refuse_other_base(saved)
     assert (same.progress.step, same.saved, same.saver.step) == (5, 5, 5)
 
 
@@ -64,6 +63,7 @@ def test_other_data_or_tokenizer_are_refused_before_the_model_is_loaded(
         assert word in str(caught.value)
 
 
-def test_another_base_is_refused(run: RunDirectory, saved: Path) -> None:
-    with pytest.raises(RunError, match=r"began with other weights of org/model: fingerprint 77 then, 78 now; .*run\.dir=.*--fresh"):
-        session(run, base=78)._refuse_other_base(saved)
+def test_another_base_is_refused_before_it_is_loaded(run: RunDirectory, saved: Path) -> None:
+    words = r"began with other files of the base org/model: fingerprint base-1 then, base-2 now; put them back .*run\.dir=.*--fresh"
+    with pytest.raises(RunError, match=words):
+        session(run, base="base-2")._find_checkpoint()

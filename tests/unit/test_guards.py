@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_dist.config import Train
-from mistral_dist.guards import HISTORY, PATIENCE, Guard, Trouble, center_and_spread
+from mistral_dist.guards import HISTORY, PATIENCE, Guard, Trouble, center_and_spread, reach
 
 TRAIN = Train()
 
@@ -87,6 +87,24 @@ def test_after_going_back_the_steps_are_passed_over_and_count_as_no_update() -> 
     assert again.untrained == (11, 12)
     assert again.refused == 0, "what is passed over says nothing about the adapter"
     assert again.losses == guard.losses == saved.losses
+
+
+@pytest.mark.parametrize("skipped", [1, 3, 5, 9])
+@pytest.mark.parametrize("kind", ["spike", "not finite"])
+def test_a_checkpoint_that_is_old_enough_lies_before_the_trouble(skipped: int, kind: str) -> None:
+    train = Train(max_skipped_steps=skipped)
+    bad = [99.0] * PATIENCE if kind == "spike" else [None] * skipped
+    step, trouble = after([1.0] * HISTORY + bad, train)[1][0]
+    assert step - reach(train) < trouble.first
+    only = Train(max_skipped_steps=skipped, spike_threshold=None)
+    if kind == "not finite":
+        assert step - reach(only) == trouble.first - 1, "and none that is younger"
+    elif skipped <= PATIENCE:
+        assert step - reach(train) == trouble.first - 1
+
+
+def test_a_run_that_never_goes_back_needs_no_old_checkpoint() -> None:
+    assert reach(Train(max_rewinds=0)) == 0
 
 
 def test_each_way_back_is_remembered_however_far_it_leads() -> None:

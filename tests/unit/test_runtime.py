@@ -17,9 +17,10 @@ import torch
 from mistral_dist.config import Recipe
 from mistral_dist.errors import MachineError, RecipeError
 from mistral_dist.runtime import process
-from mistral_dist.runtime.engine import accumulation_steps, resolve_deepspeed, seed_noise
+from mistral_dist.runtime.engine import seed_noise
 from mistral_dist.runtime.launcher import Line, threads_per_process
 from mistral_dist.runtime.process import StopRequest
+from mistral_dist.runtime.zero import accumulation_steps, resolve_deepspeed
 
 ROOT = Path(__file__).parent.parent.parent
 ZERO2 = json.loads((ROOT / "configs" / "deepspeed" / "zero2.json").read_text())
@@ -135,6 +136,31 @@ def test_a_stage_must_be_named(zero: dict[str, Any] | None) -> None:
         resolve_deepspeed(config if zero is None else {**config, "zero_optimization": zero}, recipe(), 2, "mine.json")
 
 
+OFFLOAD = json.loads((ROOT / "configs" / "deepspeed" / "zero2_offload.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("section", "beside", "words"),
+    [
+        ({"offload_param": {"device": "cpu"}}, {}, r"offload_param: not supported; .*remove the section"),
+        ({"offload_optimizer": {"device": "nvme"}}, {}, r"offload_optimizer\.device: must be cpu or none, not nvme"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, {}, r"offload_optimizer\.ratio: .*only device and pin_memory may be set"),
+        ({"stage": 1}, {}, r"offload_optimizer: goes with stage 2 or 3; use configs/deepspeed/zero2_offload\.json"),
+        ({}, {"zero_force_ds_cpu_optimizer": True}, r'offload_optimizer: needs "zero_force_ds_cpu_optimizer": false'),
+    ],
+)
+def test_an_offload_that_is_not_known_to_work_is_refused(section: dict[str, Any], beside: dict[str, Any], words: str) -> None:
+    config = {**OFFLOAD, "zero_optimization": {**OFFLOAD["zero_optimization"], **section}, **beside}
+    with pytest.raises(MachineError, match=rf"mine\.json: zero_optimization\.{words}"):
+        resolve_deepspeed(config, recipe(), 2, "mine.json")
+
+
+@pytest.mark.parametrize("section", [None, {}, {"device": "none"}])
+def test_an_offload_that_is_switched_off_may_stand(section: dict[str, str] | None) -> None:
+    zero = {**ZERO2["zero_optimization"], "offload_optimizer": section, "offload_param": section}
+    assert resolve_deepspeed({**ZERO2, "zero_optimization": zero}, recipe(), 2)["zero_optimization"] == zero
+
+
 # noise
 
 
@@ -230,6 +256,15 @@ def test_the_handlers_that_were_there_are_there_again() -> None:
         assert stop.signal is None
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_entered_twice_it_still_puts_back_what_was_there_first() -> None:
+    handlers = [signal.getsignal(number) for number in process.STOP_SIGNALS]
+    stop = StopRequest().__enter__()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with stop:
+        assert stop.signal is signal.SIGTERM, "what came early is remembered"
+    assert [signal.getsignal(number) for number in process.STOP_SIGNALS] == handlers
 
 
 # the launcher's line

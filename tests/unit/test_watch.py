@@ -62,6 +62,30 @@ torch.distributed.destroy_process_group()
 """
 
 
+def test_each_machine_looks_for_itself_once_and_an_error_is_everybodys(tmp_path: Path) -> None:
+    """Ranks 0 and 1 on one machine, 2 on another."""
+    code = """
+from mistral_dist.errors import ModelError
+from mistral_dist.runtime.engine import Runtime
+os.environ.update(GROUP_RANK="01"[rank == 2], LOCAL_RANK="010"[rank])
+runtime = Runtime.__new__(Runtime)  # what it takes to gather, and no accelerator
+runtime.rank, runtime.world_size = rank, 3
+looked = []
+def look(fails):
+    looked.append(rank)
+    if fails:
+        raise ModelError(f"rank {rank} cannot")
+    return f"seen by {rank}"
+said = [runtime.on_each_machine(lambda: look(False))]
+try:
+    runtime.on_each_machine(lambda: look(rank == 2))
+except ModelError as error:
+    said.append(str(error))
+print(*said, len(looked))
+"""
+    assert group(tmp_path, code, ranks=3) == ["seen by 0 rank 2 cannot 2", "seen by 0 rank 2 cannot 0", "seen by 2 rank 2 cannot 2"]
+
+
 # stopping
 
 
@@ -130,6 +154,8 @@ def test_a_deadline_leaves_time_for_a_save_and_two_micro_steps() -> None:
     now[0] = 153.9
     assert not deadline.is_over(None), "a tenth of a minute is kept for a save that was not measured"
     assert deadline.is_over(6.2)
+    assert deadline.is_over(None, saves=2), "one that is on its way, and the last"
+    assert deadline.is_over(3.1, saves=2) and not deadline.is_over(3.0, saves=2)
     now[0] = 154.0
     assert deadline.is_over(None)
     assert not deadline.is_over(5.9)
