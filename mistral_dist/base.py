@@ -107,8 +107,8 @@ def quantize(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> 
     """A weight in NF4 with double quantisation, in the parts that a saved model has ("weight", "weight.absmax", ...).
 
     Bit for bit what bitsandbytes makes of the whole weight in `dtype` on `device`, but in slices: a block's code depends on
-    the block alone. The packed nibbles are stored as `dtype`, since ZeRO-3 can only shard floats (a uint8 tensor it leaves
-    whole on every rank).
+    the block alone. The packed nibbles are stored as `dtype`, as with bnb_4bit_quant_storage=dtype: a base of one dtype
+    throughout. ZeRO-3 would shard uint8 as well (measured with DeepSpeed 0.19.8).
     """
     flat = weight.reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=device)

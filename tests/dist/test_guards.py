@@ -14,6 +14,8 @@ TOPOLOGIES = [
     pytest.param(2, 1, id="ZeRO-1 x 2", marks=pytest.mark.matrix),
     pytest.param(2, 2, id="ZeRO-2 x 2"),
     pytest.param(2, 3, id="ZeRO-3 x 2", marks=pytest.mark.matrix),
+    pytest.param(2, "2+offload", id="ZeRO-2 x 2 with offload", marks=pytest.mark.matrix),
+    pytest.param(2, "3+offload", id="ZeRO-3 x 2 with offload", marks=pytest.mark.matrix),
 ]
 
 
@@ -24,7 +26,7 @@ def steps_of(run: Path, file: str) -> list[int]:
 @pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
 @pytest.mark.fault("a loss that is NaN or infinite, on one rank", "no rank updates anything; the examples are named")
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
-    processes: int, zero: int, write_recipe: WriteRecipe, tmp_path: Path
+    processes: int, zero: int | str, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     """NaN on one slot, an infinite loss with a finite gradient on another: skipped alike, named, and the run goes on."""
     recipe = write_recipe(train={"steps": 8, "global_batch_size": 4}, checkpoint={"save_steps": 1, "save_total_limit": 9})
@@ -61,7 +63,7 @@ def long_recipe(recipe_writer: "object", tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
 @pytest.mark.fault("an update that spoils the adapter", "back to a checkpoint from before; the steps that led to it are passed over")
-def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int, long_recipe: Path, tmp_path: Path) -> None:
+def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int | str, long_recipe: Path, tmp_path: Path) -> None:
     """One update of a huge learning rate; killed on the way after it, the run ends with the same bits."""
     spoiled = faults.environment(huge_rate=[59])
     run = train(long_recipe, tmp_path / "run", processes=processes, zero=zero, **spoiled)

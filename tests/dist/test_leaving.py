@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mistral_dist.runtime.process import catches
+from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
 from tests.launch import COMMAND, ROOT, kill, mistral_dist, status, train, training, wait_for, workers
@@ -110,6 +113,22 @@ def test_asked_while_loading_they_leave_with_what_there_was(recipe: Path, tmp_pa
     assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.fault("a stop signal while a worker still imports its libraries", "stopped, exit code 85", zero=(0,))
+def test_asked_before_torch_is_imported_a_worker_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "mistral_dist.train", str(recipe), f"run.dir={run}"]
+    started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: catches(started.pid, signal.SIGTERM), started)
+        assert "libtorch" not in Path(f"/proc/{started.pid}/maps").read_text(), "the signal would come too late to show anything"
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(120) == 85, started.communicate()[0]
+    finally:
+        kill(started.pid)
+        started.communicate()
+    assert_stopped(run, "on request (SIGTERM) while loading")
+
+
 @pytest.mark.matrix
 @pytest.mark.fault("train.max_seconds", "saved and stopped in time, exit code 85", zero=(2,))
 def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
@@ -147,6 +166,23 @@ def test_a_hung_rank_is_named_and_killed(recipe: Path, never_stopped: Path, tmp_
     train(recipe, run, "train.stall_seconds=8")
     assert_same_run(run, never_stopped)
     assert not (run / "stacks" / "rank-0.txt").exists()
+
+
+@pytest.mark.fault("a rank that is slow", "named in the log, with process and machine; the run goes on", zero=(2,))
+def test_a_slow_rank_is_named_and_ranks_that_keep_pace_are_not(recipe: Path, tmp_path: Path) -> None:
+    """Forwards of 0.3 s and more: with the same on both ranks, and with a third of it on one."""
+    said = {}
+    for name, seconds in {"even": {"0": 0.3, "1": 0.3}, "one is slow": {"0": 0.1, "1": 0.3}}.items():
+        run = tmp_path / name.replace(" ", "-")
+        train(recipe, run, "train.steps=9", "train.stall_seconds=8", **faults.environment(slow=seconds))
+        said[name] = re.findall(
+            r"note: rank (\d) \(process \d+ on (\S+)\) is slow: a forward takes ([\d.]+) times", (run / "log.txt").read_text()
+        )
+    assert said["even"] == []
+    ((rank, host, times),) = said["one is slow"]
+    print(f"rank {rank} was {times} times slower")
+    assert (rank, host) == ("1", socket.gethostname())
+    assert 1.5 <= float(times) <= 3
 
 
 def site(folder: Path, code: str) -> str:

@@ -11,9 +11,10 @@ from tests.launch import LIMIT, ROOT
 
 WORKER = """
 import sys
+import torch
 from mistral_dist.config import Recipe
 from mistral_dist.errors import TrainingError
-from mistral_dist.model import adapter_parameters, build_trainable
+from mistral_dist.model import adapter_parameters, build_trainable, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.runtime import shards
 from mistral_dist.runtime.engine import Runtime
@@ -23,6 +24,9 @@ quiet_libraries()
 recipe = Recipe.load(sys.argv[1])
 runtime = Runtime(recipe)
 model = build_trainable(recipe, runtime.device, "sdpa")
+if sys.argv[2] == "bytes":
+    for packed in packed_weights(model):
+        packed.data = packed.data.view(torch.uint8)
 runtime.prepare(model, build_optimizer(list(adapter_parameters(model).values()), recipe.optim, fused=False))
 frozen = [p for p in runtime.bare_model.parameters() if not p.requires_grad]
 if sys.argv[2] == "whole":
@@ -42,10 +46,14 @@ runtime.close()
 
 @pytest.mark.parametrize(
     ("fault", "share", "said"),
-    [("none", "0.500 of", "accepted"), ("whole", "1.500 of", "ZeRO-3 did not shard the base: a rank holds ")],
+    [
+        ("none", "0.500 of", "accepted"),
+        ("whole", "1.500 of", "ZeRO-3 did not shard the base: a rank holds "),
+        pytest.param("bytes", "0.500 of", "accepted", marks=pytest.mark.matrix),
+    ],
 )
 def test_each_rank_holds_its_part_of_the_base(write_recipe: WriteRecipe, tmp_path: Path, fault: str, share: str, said: str) -> None:
-    """With the fault, every rank has also allocated all of it."""
+    """With the fault, every rank has also allocated all of it. Packed weights that are stored as bytes are sharded, too."""
     (tmp_path / "worker.py").write_text(WORKER)
     recipe = write_recipe()
     line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/multi_gpu.yaml"]

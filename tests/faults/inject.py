@@ -3,10 +3,12 @@
 nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that begins with this slot
 kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
 huge_rate                  [step, ...]: the learning rate is 1 there
+slow                       {rank: seconds}: how much longer each of its forwards takes
 """
 
 import json
 import os
+import time
 from typing import Any
 
 from mistral_dist import loss, optim
@@ -25,6 +27,7 @@ def noting(seed: int, step: int, slot: int) -> None:
 
 
 def spoiled(*given: Any) -> Any:
+    time.sleep(FAULTS.get("slow", {}).get(os.environ.get("RANK", "0"), 0.0))
     found = summed_loss(*given)
     if now in FAULTS.get("nan_loss", []):
         return found * float("nan")
