@@ -170,11 +170,11 @@ def test_a_hung_rank_is_named_and_killed(recipe: Path, never_stopped: Path, tmp_
 
 @pytest.mark.fault("a rank that is slow", "named in the log, with process and machine; the run goes on", zero=(2,))
 def test_a_slow_rank_is_named_and_ranks_that_keep_pace_are_not(recipe: Path, tmp_path: Path) -> None:
-    """Forwards of 0.3 s and more: with the same on both ranks, and with a third of it on one."""
+    """Forwards that sleep: on both ranks for as long, and on one for six times as long. What else runs here counts for little then."""
     said = {}
-    for name, seconds in {"even": {"0": 0.3, "1": 0.3}, "one is slow": {"0": 0.1, "1": 0.3}}.items():
+    for name, seconds in {"even": {"0": 0.4, "1": 0.4}, "one is slow": {"0": 0.1, "1": 0.6}}.items():
         run = tmp_path / name.replace(" ", "-")
-        train(recipe, run, "train.steps=9", "train.stall_seconds=8", **faults.environment(slow=seconds))
+        train(recipe, run, "train.steps=7", "train.stall_seconds=20", **faults.environment(slow=seconds))
         said[name] = re.findall(
             r"note: rank (\d) \(process \d+ on (\S+)\) is slow: a forward takes ([\d.]+) times", (run / "log.txt").read_text()
         )
@@ -182,7 +182,7 @@ def test_a_slow_rank_is_named_and_ranks_that_keep_pace_are_not(recipe: Path, tmp
     ((rank, host, times),) = said["one is slow"]
     print(f"rank {rank} was {times} times slower")
     assert (rank, host) == ("1", socket.gethostname())
-    assert 1.5 <= float(times) <= 3
+    assert 1.5 <= float(times) <= 6
 
 
 def site(folder: Path, code: str) -> str:

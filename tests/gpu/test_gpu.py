@@ -54,8 +54,8 @@ def test_attention_auto_takes_flash_attention_where_it_is(write_recipe: WriteRec
     assert choose_attention(model, torch.device("cuda")) == "flash_attention_2"
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_zero_on_one_card_learns_what_no_zero_learns(write_recipe: WriteRecipe, tmp_path: Path, zero: int) -> None:
+@pytest.mark.parametrize("zero", [1, 2, 3, "2+offload", "3+offload"])
+def test_zero_on_one_card_learns_what_no_zero_learns(write_recipe: WriteRecipe, tmp_path: Path, zero: int | str) -> None:
     recipe = write_recipe(train={"steps": 20, "global_batch_size": 4})
     assert mistral_dist("prepare", recipe).returncode == 0
     alone = losses(train(recipe, tmp_path / "alone", processes=1, zero=0))

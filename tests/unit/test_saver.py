@@ -57,11 +57,12 @@ def test_a_checkpoint_is_written_beside_the_steps(run: RunDirectory, saver: Save
 
     monkeypatch.setattr(checkpoint, "_write_tensors", slowly)
     saver.start(snapshot(5), 0.25)
-    assert not saver.settle()
+    assert saver.is_writing() and not saver.settle()
     assert saver.take_clocks() == {}
     run.append("metrics.jsonl", {"step": 6})  # the steps go on
     may_go_on.set()
     assert saver.newest() == 5
+    assert not saver.is_writing()
     assert main not in wrote
     clocks = saver.take_clocks()["save"]
     assert (clocks["step"], clocks["gather_seconds"], clocks["waited_seconds"]) == (5, 0.25, 0.0)

@@ -1,5 +1,6 @@
 """Agreeing to stop, looking after each other, differing, running out of memory: the parts, in real groups where ranks matter."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -11,11 +12,14 @@ import pytest
 import torch
 
 from mistral_dist.config import Recipe
+from mistral_dist.errors import StopAgreed
 from mistral_dist.runtime import process
 from mistral_dist.runtime.causes import cause
-from mistral_dist.runtime.control import Deadline
+from mistral_dist.runtime.control import Control, Deadline
 from mistral_dist.runtime.drift import code_fingerprint, drift, recipe_facts
+from mistral_dist.runtime.engine import Runtime
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory
+from mistral_dist.runtime.process import StopRequest
 from mistral_dist.runtime.watch import Beat, Place, Seen, hung, sentence, slow
 from tests.launch import ROOT
 
@@ -168,6 +172,19 @@ def test_a_deadline_leaves_time_for_a_save_and_two_micro_steps() -> None:
     now[0] = 156.0
     deadline.lap()
     assert not deadline.is_over(1.9), "loading is no micro-step"
+
+
+@pytest.mark.parametrize("ask", ["agree_to_go_on", "check_stop"])
+def test_a_save_that_is_on_its_way_is_waited_for_too(ask: str) -> None:
+    """After 52 of 60 seconds, with saves of 5 seconds."""
+    runtime = Runtime.__new__(Runtime)  # alone, and without an accelerator
+    deadline = Deadline(0.0, 60.0, clock=lambda: 52.0)
+    runtime._control, runtime._save_seconds = Control(1, StopRequest(), deadline, datetime.timedelta(seconds=1)), 5.0
+    runtime.is_writing = lambda: False
+    getattr(runtime, ask)()
+    runtime.is_writing = lambda: True
+    with pytest.raises(StopAgreed, match=r"train\.max_seconds"):
+        getattr(runtime, ask)()
 
 
 def test_without_a_limit_there_is_no_deadline() -> None:
