@@ -18,7 +18,7 @@ from mistral_dist.runtime.process import catches
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
-from tests.launch import COMMAND, ROOT, kill, mistral_dist, status, train, training, wait_for, workers
+from tests.launch import COMMAND, ROOT, kill, losses_so_far, mistral_dist, status, train, training, wait_for, workers
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,25 @@ def test_asked_before_torch_is_imported_a_worker_stops_and_says_so(recipe: Path,
         kill(started.pid)
         started.communicate()
     assert_stopped(run, "on request (SIGTERM) while loading")
+
+
+@pytest.mark.matrix
+@pytest.mark.fault("SIGUSR1 to a bare `accelerate launch` with PET_SIGNALS_TO_HANDLE", "passed on: saved and stopped", zero=(2,))
+def test_a_bare_launcher_that_is_told_to_passes_a_signal_on(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/multi_gpu.yaml"]
+    words += ["--main_process_port", "0", "-m", "mistral_dist.train", str(recipe), f"run.dir={run}"]
+    handled = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "180"}
+    started = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **handled}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses_so_far(run)) >= 2)
+        started.send_signal(signal.SIGUSR1)
+        assert started.wait(240) != 0
+    finally:
+        for pid in (started.pid, *(worker.pid for worker in workers(run))):
+            kill(pid)
+        started.wait()
+    assert_stopped(run, "on request (SIGUSR1)")
 
 
 @pytest.mark.matrix
