@@ -19,8 +19,9 @@ TORCH = torch==2.13.0
 demo: $(VENV)/installed
 	@$(BIN)/mistral-dist demo
 
+# Two files at a time, in their order: the tests with processes of their own, which take longest, come first.
 test: $(VENV)/installed-dev check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu tests/gpu

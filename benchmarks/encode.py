@@ -45,7 +45,11 @@ def main() -> None:
         for tokens, count in ((60, 1024), (1000, 128)):
             examples, mean = _examples(encoder, tokens, count)
             texts = [_bare_texts(encoder, name, example) for example in examples]
-            ways = [partial(_packs, encoder, examples), partial(encoder.encode_batch, examples), partial(bare, texts)]
+            ways: list[Callable[[], Any]] = [
+                partial(_packs, encoder, examples),
+                partial(encoder.encode_batch, examples),
+                partial(bare, texts),
+            ]
             ours, alone, baseline = _medians(ways, repeats)
             ratio, bar = baseline / ours, BARS[tokens] if name == "template" else None
             missed |= bar is not None and ratio < bar
@@ -68,8 +72,8 @@ def _ways() -> list[tuple[str, Encoder, Callable[[list[str]], Any]]]:
     ]
     for name, made in (("mistral v1", library.MistralTokenizer.v1()), ("mistral v3", library.MistralTokenizer.v3())):
         chat_format: ChatFormat = MistralFormat(made.instruct_tokenizer.tokenizer.file_path)
-        model = made.instruct_tokenizer.tokenizer._model
-        ways.append((name, Encoder(tokenizer, Task(kind="chat"), chat_format), model.encode))
+        sentencepiece: Any = made.instruct_tokenizer.tokenizer  # which keeps the bare model to itself
+        ways.append((name, Encoder(tokenizer, Task(kind="chat"), chat_format), sentencepiece._model.encode))
     return ways
 
 
@@ -78,7 +82,8 @@ def _examples(encoder: Encoder, tokens: int, count: int) -> tuple[list[Example],
     words = (__doc__ or "").split()
     words += [word for one in (Encoder, collate, best_fit, make_model) for word in (one.__doc__ or "").split()]
     draw = random.Random(0)
-    scale, examples, mean = 0.7, [], 0.0
+    scale, mean = 0.7, 0.0
+    examples: list[Example] = []
     for _ in range(3):  # how many tokens a word has is found by trying
         draw.seed(0)
         examples = []

@@ -76,7 +76,7 @@ def _recipe(folder: Path, rank: int) -> Recipe:
 def _step(runtime: Runtime) -> None:
     ids = torch.randint(0, 30_000, (1, TOKENS), device=runtime.device)
     runtime.set_learning_rate(1e-5)
-    with runtime.micro_step():
+    with runtime.micro_step(1, 1, [TOKENS]):
         runtime.backward(runtime.model(input_ids=ids, labels=ids).loss)
     runtime.finish_step()
 
