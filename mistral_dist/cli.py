@@ -244,7 +244,7 @@ def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
 
 
 def _status_table(run: Any) -> Any:
-    from mistral_dist.display import facts
+    from mistral_dist.display import facts, validation_words
     from mistral_dist.run import holder
 
     state, last = run.status() or {"state": "never started", "message": ""}, run.recent_metrics(1)
@@ -256,6 +256,9 @@ def _status_table(run: Any) -> Any:
         rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
     if last:
         rows.append(("loss", f"{last[0]['loss']:.4f} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
+    validation = run.last_validation()
+    if validation:
+        rows.append(("validation", f"loss {validation_words(validation)}"))
     rows.append(("writer", writer or "none"))
     return facts(rows)
 
