@@ -255,7 +255,8 @@ def _status_table(run: Any) -> Any:
     if state.get("steps"):
         rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
     if last:
-        rows.append(("loss", f"{last[0]['loss']:.4f} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
+        told = "not trained" if last[0]["loss"] is None else f"{last[0]['loss']:.4f}"
+        rows.append(("loss", f"{told} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
     validation = run.last_validation()
     if validation:
         rows.append(("validation", f"loss {validation_words(validation)}"))

@@ -47,7 +47,7 @@ def following(run: RunDirectory) -> Iterator[Callable[[], None]]:
             status = run.status() or {}
             last = seen.last()
             if status.get("state") == "running" and status.get("steps"):
-                measures = _measures(last, seen.tokens_per_second(), run.last_validation())
+                measures = _measures(last, seen.tokens_per_second(), seen.validation)
                 show(status["step"] or 0, status["steps"], measures, seen.seconds_per_step())
 
         yield tick
@@ -137,11 +137,13 @@ class _Metrics:
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._recent: list[dict[str, Any]] = []
+        self.validation: dict[str, Any] | None = None
         self._looked = 0.0
 
     def last(self) -> dict[str, Any] | None:
         if time.monotonic() - self._looked > 0.5:
-            self._recent, self._looked = self._run.recent_metrics(RECENT), time.monotonic()
+            self._recent, self.validation = self._run.recent_metrics(RECENT), self._run.last_validation()
+            self._looked = time.monotonic()
         return self._recent[-1] if self._recent else None
 
     def seconds_per_step(self) -> float | None:
@@ -165,7 +167,7 @@ def _measures(last: dict[str, Any] | None, speed: float | None, validation: dict
 def validation_words(found: dict[str, Any]) -> str:
     """What the metrics hold of a validation, in short."""
     value = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
-    best = "the best" if found["best_step"] == found["step"] else f"the best at {found['best_step']}"
+    best = "the best" if found["best_step"] == found["step"] else f"the best at {found['best_step'] or 'none'}"
     return f"{value} at {found['step']} ({best})"
 
 

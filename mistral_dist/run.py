@@ -116,23 +116,22 @@ class RunDirectory:
 
     def recent_metrics(self, steps: int) -> list[dict[str, Any]]:
         """The metrics of the last steps, oldest first; a line half written is left out. Costs the same at any length."""
-        entries = self._last_metrics(1024 * (steps + 1))
+        entries = [json.loads(line) for line in self._last_metrics(1024 * (steps + 1)) if step_of(line) < float("inf")]
         return [entry for entry in entries if "eval" not in entry][-steps:]
 
     def last_validation(self) -> dict[str, Any] | None:
-        """The "eval" object of the last validation with its step; None where there was none in the last 1,000 steps or so."""
-        entries = (entry for entry in reversed(self._last_metrics(2**19)) if "eval" in entry)
-        return next(({"step": entry["step"], **entry["eval"]} for entry in entries), None)
+        """The "eval" object of the last validation, with its step; None where there was none in the last 1,000 steps or so."""
+        lines = (line for line in reversed(self._last_metrics(2**19)) if '"eval": ' in line and step_of(line) < float("inf"))
+        return next(({"step": entry["step"], **entry["eval"]} for entry in map(json.loads, lines)), None)
 
-    def _last_metrics(self, size: int) -> list[dict[str, Any]]:
-        """The whole lines in the last bytes of the metrics, oldest first."""
+    def _last_metrics(self, size: int) -> list[str]:
+        """The lines in the last bytes of the metrics, oldest first; the first and the last may be parts of one."""
         try:
             with open(self.path / "metrics.jsonl", "rb") as stream:
                 stream.seek(max(0, stream.seek(0, os.SEEK_END) - size))
-                lines = stream.read().decode("utf-8", "replace").splitlines()
+                return stream.read().decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if step_of(line) < float("inf")]
 
 
 def check_same(recipe: Recipe, began: Recipe, path: Path) -> None:

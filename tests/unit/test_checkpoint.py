@@ -169,7 +169,7 @@ def test_the_newest_the_last_the_best_and_the_regular_are_never_dropped(
 
 
 def test_the_best_stay_on_the_disk(tmp_path: Path) -> None:
-    rules = Checkpoint(save_total_limit=1, save_best_limit=1)
+    rules = Checkpoint(save_steps=5, save_total_limit=1, save_best_limit=1)
     for step, metric in ((5, 0.5), (10, 0.3), (15, None), (20, 0.9)):
         checkpoint.save(tmp_path, snapshot(step, metric=metric), rules)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20"]

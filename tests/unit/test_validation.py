@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mistral_dist.config import Train
 from mistral_dist.data.held_out import HeldOut
+from mistral_dist.display import validation_words
 from mistral_dist.model import scoring
 from mistral_dist.validation import Measured, Validation
 from tests.unit.test_stream import Numbered
@@ -121,6 +122,8 @@ def test_it_is_told_in_words() -> None:
     assert after([0.5]).told() == "validation loss 0.5000"
     assert after([0.5, 0.75]).told() == "validation loss 0.7500, best 0.5000 at step 5"
     assert after([math.nan]).told() == "validation loss is not finite"
+    assert validation_words({"step": 10, "loss": 0.5, "best_step": 10}) == "0.5000 at 10 (the best)"
+    assert validation_words({"step": 10, "loss": None, "best_step": 5}) == "not finite at 10 (the best at 5)"
 
 
 # the examples
