@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_plain_peft_however_it_is_shared_out(recipe: Path, t
     ids = list(read_shards(Recipe.load(recipe).data_dir / "validation")["id"])
     plain = Plain(Recipe.load(recipe), trained / "adapter").loss(ids)
     found = {}
-    for processes, zero, micro in [(1, 0, 1), (2, 0, 2), (2, 2, 1), (3, 3, 2)]:
+    for processes, zero, micro in [(1, 0, 2), (2, 2, 1), (3, 3, 2)]:
         run = tmp_path / f"{processes}-{zero}"
         shutil.copytree(trained, run)
         (run / "status.json").unlink()  # else there were nothing to do
@@ -66,11 +66,10 @@ def test_the_loss_is_that_of_plain_peft_however_it_is_shared_out(recipe: Path, t
         found[f"ZeRO-{zero} x {processes}"] = validations(run)[6]
     alone = found["ZeRO-0 x 1"]
     assert alone["examples"] == len(ids) > 20
-    assert alone["loss"] == pytest.approx(plain, abs=1e-6)
+    assert alone["loss"] == pytest.approx(plain, rel=1e-6)
     for name, other in found.items():
         print(f"{name}: {other['loss']:.9f}, plain PEFT {plain:.9f}")
-        assert other["loss"] == pytest.approx(alone["loss"], abs=1e-7), name
-        assert {**other, "loss": 0, "perplexity": 0} == {**alone, "loss": 0, "perplexity": 0}
+        assert other == alone, "every forward and the sum to the last bit"
 
 
 def test_a_stream_is_validated_on_its_own_source_though_it_has_fewer_examples_than_ranks(
@@ -84,18 +83,19 @@ def test_a_stream_is_validated_on_its_own_source_though_it_has_fewer_examples_th
     assert list(found) == [1, 2]
     assert {entry["examples"] for entry in found.values()} == {2}
     ids = list(read_shards(Recipe.load(recipe).data_dir / "validation")["id"])
-    assert found[2]["loss"] == pytest.approx(Plain(Recipe.load(recipe), run / "adapter").loss(ids), abs=1e-6)
+    assert found[2]["loss"] == pytest.approx(Plain(Recipe.load(recipe), run / "adapter").loss(ids), rel=1e-6)
 
 
 # what it decides
 
 DECIDES = [
     "train.epochs=9",
-    "train.steps=60",
+    "train.steps=40",
     "train.eval_steps=2",
-    "train.early_stopping_patience=3",
+    "train.early_stopping_patience=2",
     "train.load_best_model_at_end=true",
-    "optim.learning_rate=2e-2",
+    "optim.learning_rate=8e-2",
+    "optim.warmup_ratio=0",
     "checkpoint.save_steps=5",
     "checkpoint.save_total_limit=1",
 ]
@@ -112,7 +112,7 @@ def step_of_end(run: Path) -> tuple[int, int]:
     found = validations(run)
     last = max(found)
     best = min(found, key=lambda step: found[step]["loss"])
-    assert last - best == 3 * 2, "three validations later"
+    assert last - best == 2 * 2, "two validations later"
     assert found[last]["best_step"] == best
     return last, best
 
@@ -121,20 +121,20 @@ def test_the_validations_end_a_run_and_choose_its_result(recipe: Path, never_sto
     last, best = step_of_end(never_stopped)
     loss = validations(never_stopped)[best]["loss"]
     ended = status(never_stopped)
-    assert (ended["state"], ended["exit_code"], ended["step"], ended["steps"]) == ("finished", 0, last, 60)
-    message = f"finished early at step {last} of 60, after 3 validations in a row that did not improve"
+    assert (ended["state"], ended["exit_code"], ended["step"], ended["steps"]) == ("finished", 0, last, 40)
+    message = f"finished early at step {last} of 40, after 2 validations in a row that did not improve"
     assert ended["message"] == f"{message}; the adapter is that of step {best}, the best validation (loss {loss:.4f})"
-    assert len(losses(never_stopped)) == last < 60
+    assert len(losses(never_stopped)) == last < 40
     rates = [entry["learning_rate"] for entry in metrics(never_stopped) if "eval" not in entry]
     optim = Recipe.load(recipe, DECIDES).optim
-    assert rates == [lr_at(step, 60, optim) for step in range(last)], "of the steps that were planned"
+    assert rates == [lr_at(step, 40, optim) for step in range(last)], "of the steps that were planned"
     checkpoints = {path.name for path in (never_stopped / "checkpoints").iterdir()}
-    assert checkpoints == {f"checkpoint-{best}", f"checkpoint-{last}"}
+    assert checkpoints == {f"checkpoint-{step}" for step in (best, last - last % 5, last)}, "the best, that of save_steps, the newest"
     assert (never_stopped / ADAPTER).read_bytes() == (never_stopped / f"checkpoints/checkpoint-{best}" / ADAPTER).read_bytes()
     assert f"trained by mistral-dist for {best} steps" in (never_stopped / "adapter/README.md").read_text()
     done = mistral_dist("train", recipe, f"run.dir={never_stopped}", *DECIDES)
     assert done.returncode == 0
-    assert f"at step {last} of 60" in done.stdout and "nothing to do" in done.stdout
+    assert f"at step {last} of 40" in done.stdout and "nothing to do" in done.stdout
 
 
 @pytest.mark.fault(
@@ -153,12 +153,11 @@ def test_through_a_stop_and_a_kill_the_validations_decide_the_same(recipe: Path,
     assert re.search(rf"left off at step {best}, batch \d, validation", (run / "log.txt").read_text())
     assert best not in validations(run)
 
-    # the first validation of this launch; the checkpoint knows nothing of it
-    for step in (best, best + 2):
-        done = mistral_dist(*words, **faults.environment(kill_after_validation=step))
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert_nobody_left(run)
-        assert max(validations(run)) == step
+    # of the two validations of this launch no checkpoint knows anything
+    done = mistral_dist(*words, **faults.environment(kill_after_validation=best + 2))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert_nobody_left(run)
+    assert list(validations(run))[-2:] == [best, best + 2]
 
     train(recipe, run, *DECIDES)
     assert_same_run(run, never_stopped, last=last)
