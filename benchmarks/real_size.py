@@ -218,7 +218,7 @@ def train(what: str, recipe: Path, *words: str, stop: bool = False) -> float:
     watch.end()
     if code not in (0, 85):
         raise SystemExit(f"exit code {code}; see {log.name} and {run}/log.txt")
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [entry for line in metrics.read_text().splitlines() if "eval" not in (entry := json.loads(line))]
     told = ", ".join(f"{entry['step']}: loss {entry['loss']:.3f}, {entry['seconds']:.0f} s" for entry in steps)
     print(
         f"{what:<34}{time.perf_counter() - started:>8.1f} s   {watch.together / 2**30:>6.2f} GiB together,"

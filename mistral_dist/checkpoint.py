@@ -3,7 +3,8 @@
     checkpoint-100/
       adapter/                 PEFT's own format; float32, so these are the master weights
       optimizer.safetensors    AdamW's moments by parameter name, float32
-      progress.json            step, cursor (of all lanes), guard, metric, seed of all noise, fingerprints of data, encoding, base
+      progress.json            step, cursor (of all lanes), guard, validation, metric, seed of all noise; fingerprints of data, encoding,
+                               base
       manifest.json            size and SHA-256 of each file, versions; written last
 
 A checkpoint is written aside, synced, checksummed and renamed. Nothing in it depends on the number of ranks or the ZeRO
@@ -34,6 +35,7 @@ from mistral_dist.data.cursor import Cursor
 from mistral_dist.errors import CheckpointError
 from mistral_dist.files import aside_of, publish, remove
 from mistral_dist.guards import Guard
+from mistral_dist.validation import Validation
 
 Tensors = Mapping[str, torch.Tensor]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
@@ -53,11 +55,18 @@ class Progress:
     """Where the data stand."""
     guard: Guard = Guard()
     """What the guards remember."""
+    validation: Validation = Validation()
+    """What the validations have shown."""
 
     @property
     def updates(self) -> int:
         """Updates of the adapter made: a step whose update was left out is none."""
         return self.step - len(self.guard.untrained)
+
+    @property
+    def reached(self) -> float:
+        """Up to where the metrics are made, as `journal.step_of` counts: half a step further where this step was validated, too."""
+        return self.step + (0.5 if self.validation.step == self.step else 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,16 @@ class Snapshot:
     def bytes(self) -> int:
         """The room that it needs on a disk."""
         return sum(tensor.nbytes for tensors in (self.adapter, self.moments) for tensor in tensors.values()) + BESIDE_TENSORS
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a checkpoint notes of validations."""
+
+    metric: float | None = None
+    """The loss on the validation examples at its step; None where it was not taken."""
+    best_step: int = 0
+    """Where the best one up to it was; 0 where there was none."""
 
 
 def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Callable[[], None] = lambda: None, reach: int = 0) -> Path:
@@ -173,8 +192,8 @@ def load_moments(folder: Path) -> dict[str, torch.Tensor]:
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """How far the checkpoint is, and the facts that were saved with it, the metric among them."""
     facts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    progress = Progress(facts.pop("step"), Cursor.from_json(facts.pop("cursor")), Guard.from_json(facts.pop("guard")))
-    return progress, facts
+    cursor, guard = Cursor.from_json(facts.pop("cursor")), Guard.from_json(facts.pop("guard"))
+    return Progress(facts.pop("step"), cursor, guard, Validation(**facts.pop("validation", {}))), facts
 
 
 def peft_name(parameter: str) -> str:
@@ -204,6 +223,14 @@ def retreat(folder: Path, *, before: int) -> Path | None:
     for path in later if found else []:
         remove(path)
     return found
+
+
+def best_good(folder: Path, step: int) -> Path | None:
+    """The good checkpoint with the lowest validation loss: that of `step`, where the run's best was, or the next best that is there."""
+    found = {_step(path): path for path in _all(folder)}
+    ranked = sorted((metric, other) for other, path in found.items() if (metric := _noted(path).metric) is not None)
+    paths = (found[other] for other in [step, *(other for _, other in ranked)] if other in found)
+    return next((path for path in paths if verify(path) is None), None)
 
 
 def verify(path: Path) -> str | None:
@@ -256,16 +283,21 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def to_drop(found: Mapping[int, float | None], newest: int, rules: config.Checkpoint, reach: int = 0) -> set[int]:
+def to_drop(found: Mapping[int, Noted], newest: int, rules: config.Checkpoint, reach: int = 0) -> set[int]:
     """The steps whose checkpoints go: all but the last ones, the best ones, every n-th, those to go back to, and always the newest.
 
-    `found`: step -> metric, where the lower is the better; None or NaN is never among the best. `newest`: the one that has
-    just been written, which is good for certain.
+    `found`: what the checkpoint of each step notes; a metric of None or NaN is never among the best, of equal ones the first is.
+    `newest`: the one that has just been written, which is good for certain. One that was saved only because a validation was good is
+    none of the last: frequent ones would push out what a run can go back to. Where best ones are kept at all, those that the last
+    ones know as the best are, too, since the run may go back to these.
     """
-    measured = [(metric, -step) for step, metric in found.items() if metric is not None and not math.isnan(metric)]
-    best = {-step for _, step in sorted(measured)[: rules.save_best_limit]}
+    measured = [(noted.metric, step) for step, noted in found.items() if noted.metric is not None and not math.isnan(noted.metric)]
+    best = {step for _, step in sorted(measured)[: rules.save_best_limit]}
     regular = {step for step in found if rules.keep_every_steps and step % rules.keep_every_steps == 0}
-    return found.keys() - best - regular - to_go_back_to(found, newest, reach) - {newest, *sorted(found)[-rules.save_total_limit :]}
+    due = sorted(step for step, noted in found.items() if noted.metric is None or step % rules.save_steps == 0)
+    last = {newest, *due[-rules.save_total_limit :]}
+    known = {found[step].best_step for step in last & found.keys() if rules.save_best_limit}
+    return found.keys() - best - regular - last - known - to_go_back_to(found, newest, reach)
 
 
 def to_go_back_to(found: Iterable[int], newest: int, reach: int) -> set[int]:
@@ -283,17 +315,18 @@ def to_go_back_to(found: Iterable[int], newest: int, reach: int) -> set[int]:
 
 def _retain(folder: Path, newest: int, rules: config.Checkpoint, reach: int) -> None:
     found = {_step(path): path for path in _all(folder)}
-    for step in to_drop({step: _metric(path) for step, path in found.items()}, newest, rules, reach):
+    for step in to_drop({step: _noted(path) for step, path in found.items()}, newest, rules, reach):
         remove(found[step])
 
 
-def _metric(path: Path) -> float | None:
-    """None also where it cannot be read: `latest_good` will say what is wrong with that checkpoint."""
+def _noted(path: Path) -> Noted:
+    """Nothing where it cannot be read: `latest_good` will say what is wrong with that checkpoint."""
     try:
-        metric = load_progress(path)[1].get("metric")
+        progress, facts = load_progress(path)
+        metric = facts.get("metric")
+        return Noted(float(metric) if isinstance(metric, int | float) else None, progress.validation.best_step)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return float(metric) if isinstance(metric, int | float) else None
+        return Noted()
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
 
 
 def _status_table(run: Any) -> Any:
-    from mistral_dist.display import facts
+    from mistral_dist.display import facts, validation_words
     from mistral_dist.run import holder
 
     state, last = run.status() or {"state": "never started", "message": ""}, run.recent_metrics(1)
@@ -260,7 +260,11 @@ def _status_table(run: Any) -> Any:
     if state.get("steps"):
         rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
     if last:
-        rows.append(("loss", f"{last[0]['loss']:.4f} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
+        told = "not trained" if last[0]["loss"] is None else f"{last[0]['loss']:.4f}"
+        rows.append(("loss", f"{told} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
+    validation = run.last_validation()
+    if validation:
+        rows.append(("validation", f"loss {validation_words(validation)}"))
     rows.append(("writer", writer or "none"))
     return facts(rows)
 

@@ -18,100 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mistral_dist.errors import RecipeError
 from mistral_dist.recipe_file import explain, parse_override, read_yaml, set_field
-from mistral_dist.sections import Count, Fraction, Lora, NotNegative, Positive, Section, Seed, Task
-
-
-class Source(Section):
-    """One place that rows come from: files, here or remote, or a data set of the hub."""
-
-    path: str | None = None
-    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md; also .gz, .zst), a folder or a pattern of such files, or a URL
-    (https://..., s3://..., hf://...)."""
-    name: str | None = None
-    """A data set on the Hugging Face hub."""
-    subset: str | None = None
-    """The hub data set's configuration."""
-    split: str = "train"
-    """The hub data set's split to read."""
-    streaming: bool = False
-    """Hub: read over the network while preparing, instead of downloading first with `mistral-dist fetch`."""
-    into: Literal["train", "validation", "test"] | None = None
-    """A split of your own: all its rows go there, and are checked against the others. null: divided by the fractions."""
-    weight: Positive = 1.0
-    """How often an epoch shows each of its train examples: 2 twice, 0.5 every other epoch. Streaming: how often it is asked
-    for a row, compared with the other sources."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text_label", "text"] = "auto"
-    """What a row looks like; auto tells it from the columns of each row."""
-    columns: dict[str, str] = {}
-    """Our column -> the source's column, where they differ, e.g. {text: review, label: stars}."""
-    group: Annotated[str, Field(min_length=1)] | None = None
-    """A column of the source: rows with the same value (a patient, an author, a document) stay in one split, those of other
-    sources included; a row without a value stands alone."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if (self.path is None) == (self.name is None):
-            raise ValueError("give either path (files, a folder, a URL) or name (a hub data set)")
-        if self.path is not None and (self.subset is not None or self.streaming):
-            raise ValueError("subset and streaming are a hub data set's (name); files of a path are always read as they come")
-        return self
-
-
-class Data(Section):
-    """From raw files to examples."""
-
-    sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-    """Where rows come from; all are read, in this order."""
-    benchmarks: Annotated[tuple[Source, ...], Field(strict=False)] = ()
-    """What the model will be measured on elsewhere: a train example that shares a run of 13 words with it is dropped."""
-    dir: str | None = None
-    """Where the prepared data go. Default: data/<name of the recipe>."""
-    max_length: Count = 2048
-    """Capacity of a pack, in tokens; also the longest example that is kept whole."""
-    overlong: Literal["drop", "shorten", "error"] = "drop"
-    """An example longer than max_length is dropped and counted; or loses its oldest exchanges whole, then the end of its
-    question, never a part of an answer; or is refused. (pretrain: cut into pieces, always.)"""
-    html: bool = False
-    """Texts are HTML: keep what a reader would see."""
-    min_characters: Annotated[int, Field(ge=0)] = 1
-    """Shorter texts are dropped and counted."""
-    max_characters: Count = 1_000_000
-    """Longer texts are dropped and counted, before they cost time."""
-    bad_rows: Fraction = 0.05
-    """The share of rows that may be unreadable or no example: they are counted and kept in quarantine.jsonl; above it
-    `prepare` stops and says what is wrong. Streaming: the training stops, once 1,000 rows were met."""
-    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.8
-    """Texts whose Jaccard similarity of word 5-grams is at least this say the same; null: only equal texts do."""
-    near_duplicate_policy: Literal["drop", "keep_together"] = "drop"
-    """Of texts that say the same the first stays; or all stay, in one split."""
-    validation_fraction: Fraction = 0.1
-    """Share of the examples held out for validation."""
-    test_fraction: Fraction = 0.1
-    """Share of the examples held out for the final test."""
-    stratify: Literal["auto", "label", "source", "none"] = "auto"
-    """What has the same shares in each split; auto: the label, and where there is none, the source."""
-    seed: Seed = 0
-    """Seed of the split. The order in training has its own: train.seed."""
-    streaming: bool = False
-    """Train directly on sources too large to prepare: no de-duplication, no split (sources with `into: validation` or
-    `into: test` are prepared); needs train.steps."""
-    block: Count = 1024
-    """Streaming: rows that are shuffled and packed together."""
-    workers: Count | None = None
-    """Processes that `prepare` uses; null: one for each core. The result is the same."""
-
-    @model_validator(mode="after")
-    def _something_is_left_to_train_on(self) -> Self:
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction + test_fraction must be below 1: nothing would be left to train on")
-        return self
-
-    @model_validator(mode="after")
-    def _benchmarks_are_only_read(self) -> Self:
-        for number, source in enumerate(self.benchmarks):
-            if source.into or source.group or source.columns or source.weight != 1:
-                raise ValueError(f"benchmarks.{number}: is only compared with; into, group, columns and weight say nothing there")
-        return self
+from mistral_dist.sections import Count, Data, Lora, NotNegative, Positive, Section, Seed, Source, Task
 
 
 class Model(Section):
@@ -176,6 +83,16 @@ class Train(Section):
     loss that is trained on, so with smoothing it does not go to 0; the evaluation is never smoothed."""
     seed: Seed = 0
     """Seed of the adapter's start, of the order of the data and of dropout."""
+    eval_steps: Count | None = None
+    """The loss on the validation examples each so many steps, and after the last one; null: never. Changes nothing in what is
+    learned, so it may differ from launch to launch, unless what it shows decides something (the next three)."""
+    early_stopping_patience: Count | None = None
+    """End the run where so many validations in a row have not improved on the best one; null: never. The learning rate keeps the course
+    of all planned steps."""
+    early_stopping_threshold: NotNegative = 0.0
+    """By how much, in nats per token, a validation must be below the best one before it to count as improved."""
+    load_best_model_at_end: bool = False
+    """The result is the adapter of the best validation, whose checkpoint is kept; false: of the last step."""
     max_skipped_steps: Count = 3
     """Steps in a row whose loss or gradient is not finite. Each is left out; after so many the run goes back."""
     spike_threshold: Positive | None = 6.0
@@ -192,6 +109,20 @@ class Train(Section):
     """A GPU that has not moved for so long while others wait for it is named, and all end; four times as long while the model is
     loaded or a checkpoint is saved. Must be longer than any forward or backward. null: they wait until the collectives give up."""
 
+    @property
+    def validation_decides(self) -> bool:
+        """Whether what the validations show decides when the run ends, or what its result is."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
+
+    @model_validator(mode="after")
+    def _what_decides_is_there(self) -> Self:
+        if self.eval_steps is None and self.validation_decides:
+            field = "load_best_model_at_end" if self.early_stopping_patience is None else "early_stopping_patience"
+            raise ValueError(f"{field}: needs the validations that decide; say how often, e.g. train.eval_steps=50")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold: says nothing without train.early_stopping_patience; add it, e.g. 3")
+        return self
+
 
 class Checkpoint(Section):
     """What a killed run goes on from; the names are Trainer's."""
@@ -201,8 +132,8 @@ class Checkpoint(Section):
     save_total_limit: Count = 2
     """The last ones are kept, so many; 2 leaves one to fall back on."""
     save_best_limit: Annotated[int, Field(ge=0)] = 0
-    """Beside the last ones, so many with the lowest loss on the validation examples; those saved without an evaluation do
-    not count among them. Training takes no evaluation yet, so none is kept for that."""
+    """Beside the last ones, so many with the lowest loss on the validation examples (train.eval_steps). With 1 or more a checkpoint is
+    also saved at each validation that is the best so far; train.load_best_model_at_end keeps the best whatever stands here."""
     keep_every_steps: Count | None = None
     """Beside these, each checkpoint whose step is a multiple is kept for good; null: none."""
 
@@ -285,6 +216,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _validations_have_examples(self) -> Self:
+        data = self.data
+        if self.train.eval_steps is None or any(source.into == "validation" for source in data.sources):
+            return self
+        if data.streaming or not data.validation_fraction:
+            why = "a stream holds nothing out by itself" if data.streaming else "data.validation_fraction=0 holds none out"
+            more = "" if data.streaming else "set data.validation_fraction=0.1, "
+            remedy = f"{more}give them a source of their own (into: validation), or remove train.eval_steps"
+            raise ValueError(f"train.eval_steps: there are no validation examples: {why}; {remedy}")
+        return self
+
+    @model_validator(mode="after")
     def _streams_have_no_counts(self) -> Self:
         if self.data.streaming and self.task.class_weights == "balanced":
             remedy = "write the weights, e.g. task.class_weights={spam: 3.0}, or prepare the data (data.streaming=false)"
@@ -340,10 +283,12 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """The fields that differ although a run must keep them, as (dotted key, old, new)."""
     before, after = (dict(leaves(recipe.model_dump(mode="json"))) for recipe in (old, new))
+    # a validation changes nothing that is learned, but may decide which of it is the result
+    free = FREE_IN_A_RUN if old.train.validation_decides else (*FREE_IN_A_RUN, "train.eval_steps")
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] in FIXED_IN_A_RUN and key not in FREE_IN_A_RUN and before.get(key) != after.get(key)
+        if key.split(".")[0] in FIXED_IN_A_RUN and key not in free and before.get(key) != after.get(key)
     ]
 
 

@@ -47,7 +47,8 @@ def following(run: RunDirectory) -> Iterator[Callable[[], None]]:
             status = run.status() or {}
             last = seen.last()
             if status.get("state") == "running" and status.get("steps"):
-                show(status["step"] or 0, status["steps"], _measures(last, seen.tokens_per_second()), seen.seconds_per_step())
+                measures = _measures(last, seen.tokens_per_second(), seen.validation)
+                show(status["step"] or 0, status["steps"], measures, seen.seconds_per_step())
 
         yield tick
 
@@ -136,11 +137,13 @@ class _Metrics:
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._recent: list[dict[str, Any]] = []
+        self.validation: dict[str, Any] | None = None
         self._looked = 0.0
 
     def last(self) -> dict[str, Any] | None:
         if time.monotonic() - self._looked > 0.5:
-            self._recent, self._looked = self._run.recent_metrics(RECENT), time.monotonic()
+            self._recent, self.validation = self._run.recent_metrics(RECENT), self._run.last_validation()
+            self._looked = time.monotonic()
         return self._recent[-1] if self._recent else None
 
     def seconds_per_step(self) -> float | None:
@@ -153,11 +156,19 @@ class _Metrics:
         return sum(entry["tokens"] for entry in self._recent) / seconds if seconds else None
 
 
-def _measures(last: dict[str, Any] | None, speed: float | None) -> str:
+def _measures(last: dict[str, Any] | None, speed: float | None, validation: dict[str, Any] | None) -> str:
     if not last or not speed:
         return "loading the model"
     told = "not trained" if last["loss"] is None else f"loss {last['loss']:.4f}"
-    return f"{told}  {speed:,.0f} tokens/s"
+    validated = f"  validation {validation_words(validation)}" if validation else ""
+    return f"{told}{validated}  {speed:,.0f} tokens/s"
+
+
+def validation_words(found: dict[str, Any]) -> str:
+    """What the metrics hold of a validation, in short."""
+    value = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
+    best = "the best" if found["best_step"] == found["step"] else f"the best at {found['best_step'] or 'none'}"
+    return f"{value} at {found['step']} ({best})"
 
 
 def _interval(measure: dict[str, float]) -> str:

@@ -74,8 +74,8 @@ class Journal:
                 self._begin, self._written = self._begin + length, self._written - length
                 self._close_if_idle()
 
-    def cut_back(self, step: int) -> None:
-        """Drop the lines after a step, and a last line half written. Costs what these cost, at any length of the file."""
+    def cut_back(self, step: float) -> None:
+        """Drop the lines after a step (as `step_of` counts), and a last line half written. Costs what these cost, at any length of it."""
         with self._syncing, self._changing:
             if not self._kept and not self._file.is_file():
                 return
@@ -108,14 +108,15 @@ class Journal:
 
 
 def step_of(line: str | bytes) -> float:
-    """The step of a line; infinity for one that is no such line."""
+    """The step of a line, half a step more for what was measured after it ("eval"); infinity for one that is no such line."""
     try:
-        return float(json.loads(line)["step"])
+        entry = json.loads(line)
+        return float(entry["step"]) + (0.5 if "eval" in entry else 0.0)
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
-def _end_of(read: Callable[[int, int], bytes], end: int, step: int) -> int:
+def _end_of(read: Callable[[int, int], bytes], end: int, step: float) -> int:
     """Where the last whole line up to a step ends, looked for from `end` backwards; `read(start, size)` gives the bytes."""
     start, tail = end, b""
     while True:

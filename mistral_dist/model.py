@@ -11,6 +11,8 @@ numbers: an engine without a dtype of its own casts nothing.
 import functools
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,20 @@ def load_tuned(model: Model, adapter: Path, device: torch.device, attention: str
     base = frozen_base(model, device, attention)
     tuned = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=False).eval()
     return tuned if model.quantization == "nf4" else tuned.to(device)
+
+
+@contextmanager
+def scoring(model: Any) -> Iterator[Any]:
+    """The model that is trained, in eval mode and without gradients; then in training mode again.
+
+    Without the wrapper that trains it: under plain data parallelism that would exchange buffers.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train()
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

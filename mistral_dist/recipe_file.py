@@ -119,6 +119,12 @@ ELSEWHERE = {
     "label_smoothing": "train.label_smoothing_factor",
     "class_weight": "task.class_weights",
     "optim": "optim (a section; the optimizer is AdamW)",
+    "do_eval": "train.eval_steps",
+    "eval_strategy": "train.eval_steps (the steps from one validation to the next)",
+    "evaluation_strategy": "train.eval_steps (the steps from one validation to the next)",
+    "metric_for_best_model": "nothing: the loss on the validation examples decides",
+    "greater_is_better": "nothing: the loss on the validation examples decides",
+    "per_device_eval_batch_size": "nothing: a forward of a validation takes one pack",
     # axolotl
     "base_model": "model.name",
     "revision_of_model": "model.revision",
@@ -129,6 +135,7 @@ ELSEWHERE = {
     "sample_packing": "nothing: packing is always on, and exact",
     "micro_batch_size": "train.micro_batch_size",
     "num_epochs": "train.epochs",
+    "evals_per_epoch": "train.eval_steps (the steps from one validation to the next)",
     "adapter": "model.quantization: nf4 (QLoRA) or none (LoRA)",
     "lora_r": "lora.r",
     "lora_alpha": "lora.lora_alpha",
@@ -153,6 +160,7 @@ ELSEWHERE = {
     "additional_target": "lora.modules_to_save",
     "quantization_bit": "model.quantization: nf4",
     "val_size": "data.validation_fraction",
+    "early_stopping_steps": "train.early_stopping_patience",
     "packing": "nothing: packing is always on, and exact",
     "flash_attn": "model.attention",
     # PEFT

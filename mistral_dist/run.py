@@ -2,7 +2,7 @@
 
     recipe.yaml          resolved
     status.json          state, exit code, message, step, steps, checkpoint, updated
-    metrics.jsonl        one object for each step
+    metrics.jsonl        one object for each step, and one ("eval") for each validation, after that of its step
     data_order.jsonl     with log.data_order
     untrained.jsonl      steps that changed nothing, why, and the ids of the examples that may be to blame
     quarantine.jsonl     of a stream: every row that was dropped, with place and reason, as of the last checkpoint
@@ -100,8 +100,11 @@ class RunDirectory:
         for journal in list(self._journals.values()):
             journal.sync()
 
-    def cut_back(self, step: int) -> None:
-        """Drop the lines of metrics, data order, untrained steps and quarantine that lie after a step: they will be made again."""
+    def cut_back(self, step: float) -> None:
+        """Drop the lines of metrics, data order, untrained steps and quarantine that lie after a step: they will be made again.
+
+        That of the step's own validation lies half a step after it.
+        """
         for name in ("metrics.jsonl", "data_order.jsonl", "untrained.jsonl", "quarantine.jsonl"):
             self._journal(name).cut_back(step)
 
@@ -113,13 +116,22 @@ class RunDirectory:
 
     def recent_metrics(self, steps: int) -> list[dict[str, Any]]:
         """The metrics of the last steps, oldest first; a line half written is left out. Costs the same at any length."""
+        entries = [json.loads(line) for line in self._last_metrics(1024 * (steps + 1)) if step_of(line) < float("inf")]
+        return [entry for entry in entries if "eval" not in entry][-steps:]
+
+    def last_validation(self) -> dict[str, Any] | None:
+        """The "eval" object of the last validation, with its step; None where there was none in the last 1,000 steps or so."""
+        lines = (line for line in reversed(self._last_metrics(2**19)) if '"eval": ' in line and step_of(line) < float("inf"))
+        return next(({"step": entry["step"], **entry["eval"]} for entry in map(json.loads, lines)), None)
+
+    def _last_metrics(self, size: int) -> list[str]:
+        """The lines in the last bytes of the metrics, oldest first; the first and the last may be parts of one."""
         try:
             with open(self.path / "metrics.jsonl", "rb") as stream:
-                stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1024 * (steps + 1)))
-                lines = stream.read().decode("utf-8", "replace").splitlines()
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - size))
+                return stream.read().decode("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if step_of(line) < float("inf")][-steps:]
 
 
 def check_same(recipe: Recipe, began: Recipe, path: Path) -> None:

@@ -13,20 +13,20 @@ from typing import Any
 
 from mistral_dist import checkpoint
 from mistral_dist.base_cache import fingerprint
-from mistral_dist.card import model_card
 from mistral_dist.checkpoint import Progress, Snapshot
 from mistral_dist.config import Recipe
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
-from mistral_dist.errors import FINISHED, MachineError, RunError, TrainingError
+from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.guards import Trouble, reach
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
-from mistral_dist.saver import Saver, describe
+from mistral_dist.saver import Saver
+from mistral_dist.validation import Measured
 
 SHOWN = 8
 """Examples that the log names where a step was not trained."""
@@ -71,7 +71,11 @@ class Session:
     """The fingerprint of the base's files."""
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.run, self.recipe.checkpoint, self.say, reach(self.recipe.train))
+        rules = self.recipe.checkpoint
+        if self.recipe.train.load_best_model_at_end:
+            rules = rules.model_copy(update={"save_best_limit": max(1, rules.save_best_limit)})
+        self.keeps_best = rules.save_best_limit > 0
+        self.saver = Saver(self.run, rules, self.say, reach(self.recipe.train))
         self.runtime.is_writing = self.saver.is_writing
 
     @property
@@ -118,7 +122,7 @@ class Session:
         step, passed = work.step + 1, self.passes_over(work)
         before = self.progress.guard
         guard = before.after_passing(step) if passed else before.after(step, result.loss)
-        self.progress = Progress(step, work.cursor, guard)
+        self.progress = replace(self.progress, step=step, cursor=work.cursor, guard=guard)
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         order = self._data_order(work) if self.recipe.log.data_order or result.untrained else []
@@ -170,72 +174,50 @@ class Session:
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
         self.drops, self.saved, self.saver.step = [], self.progress.step, self.progress.step
         self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
-        self.runtime.on_main(lambda: self.run.cut_back(self.progress.step))
+        self.runtime.on_main(lambda: self.run.cut_back(self.progress.reached))
+
+    def is_validation_due(self) -> bool:
+        """Whether the adapter of this step is to be validated, and was not yet."""
+        return self.progress.validation.is_due(self.progress.step, self.progress.updates, self.steps, self.recipe.train)
+
+    def note_validation(self, found: Measured) -> None:
+        """Note what a validation of this step's adapter showed: in what the run remembers, in metrics and log."""
+        step = self.progress.step
+        validation = self.progress.validation.after(step, self.progress.updates, found.loss, self.recipe.train)
+        self.progress = replace(self.progress, validation=validation)
+        if self.runtime.is_main:
+            self.run.check_lease()
+            self.run.append("metrics.jsonl", {"step": step, "eval": {**found.metrics(), "best_step": validation.best_step}})
+        self.say(f"step {step}/{self.steps}  {validation.told()}  {found.seconds:.2f} s")
+        self.clock = time.monotonic()
 
     def is_checkpoint_due(self) -> bool:
-        """Whether this step is one of those that the recipe saves."""
-        return self.progress.step % self.recipe.checkpoint.save_steps == 0
+        """Whether this step is one of those that the recipe saves, or that of the best validation, where that is kept."""
+        is_best = self.keeps_best and self.progress.validation.best_step == self.progress.step
+        return is_best or self.progress.step % self.recipe.checkpoint.save_steps == 0
 
     def is_finished(self) -> bool:
-        """Whether the last step is made."""
-        return self.progress.step >= self.steps
+        """Whether nothing is left to do: the last step is made, or the validations have shown that it is enough."""
+        is_enough = self.progress.validation.is_enough(self.recipe.train)
+        return (self.progress.step >= self.steps or is_enough) and not self.is_validation_due()
 
-    def save(self, metric: float | None = None, last: bool = False) -> None:
+    def save(self, last: bool = False) -> None:
         """Hand a checkpoint of this step to the writer, unless it has it; of a launch, the `last` one is waited for by every rank.
 
-        `metric`: the loss on the validation examples, where it was just taken. A save that cannot be written is told, and
-        tried again at the next; the last one raises MachineError. Raises CheckpointError for an adapter that is not finite.
+        A save that cannot be written is told, and tried again at the next; the last one raises MachineError. Raises
+        CheckpointError for an adapter that is not finite.
         """
         if self.progress.step == self.saved and not last:
             return
         self.runtime.at("saving", self.progress.step)
         if self.runtime.on_main(self.saver.newest) != self.progress.step:
-            self._hand_over(metric)
+            self._hand_over()
             if last:
                 self.runtime.on_main(self.saver.finish)
         self.runtime.at("between steps", self.progress.step)
         self.clock = time.monotonic()
 
-    def publish_adapter(self, tokenizer: Any) -> None:
-        """Write the result: adapter, tokenizer, model card. Raises MachineError where it cannot be written."""
-        adapter = self.runtime.gather_adapter()
-
-        def write() -> None:
-            self.run.check_publishing()
-            sweep(self.run.path)
-            card = model_card(self.recipe, self.feed.about, self.steps)
-            try:
-                checkpoint.publish_adapter(self.run.adapter, adapter, self._adapter_config(), tokenizer, card)
-            except OSError as error:
-                told = describe(error, "the adapter", self.run, sum(tensor.nbytes for tensor in adapter.values()))
-                raise MachineError(f"{told}; make room and run the same command again: nothing is trained anew") from error
-
-        self.runtime.on_main(write)
-
-    def end(self, code: int, asked: str = "") -> int:
-        """Note how the run ended, FINISHED or STOPPED (there is a checkpoint in either case); return the code.
-
-        `asked`: by what or on whose request, in words.
-        """
-        step = f"at step {self.progress.step} of {self.steps}"
-
-        def note() -> None:
-            nonlocal step
-            self.run.sync()
-            quarantine = self.run.path / "quarantine.jsonl"
-            if quarantine.is_file():
-                with open(quarantine, encoding="utf-8") as lines:
-                    step += f"; {sum(1 for _ in lines):,} rows of the stream were left out, see {quarantine}"
-            progress = {"step": self.progress.step, "checkpoint": _name(self.saver.step)}
-            if code == FINISHED:
-                self.run.set_status("finished", code, f"finished {step}", **progress)
-            else:
-                self.run.set_status("stopped", code, f"stopped {asked} {step}; run the same command to go on", **progress)
-
-        self.runtime.on_main(note)
-        return code
-
-    def _hand_over(self, metric: float | None) -> None:
+    def _hand_over(self) -> None:
         started = time.monotonic()
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
         everywhere = self.runtime.gather((self.progress.cursor, self.drops))
@@ -246,14 +228,23 @@ class Session:
         for step, _, drop in sorted((drop for _, drops in everywhere for drop in drops), key=lambda drop: drop[:2]):
             self.run.append("quarantine.jsonl", {"step": step, "place": drop.place, "reason": drop.reason, "because": drop.because})
         progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
-        snapshot = Snapshot(progress, adapter, self._adapter_config(), moments, self._facts(), metric)
+        metric = progress.validation.loss_at(progress.step)
+        snapshot = Snapshot(progress, adapter, self.adapter_config(), moments, self._facts(), metric)
         self.saver.start(snapshot, time.monotonic() - started)
 
     def _tell_status(self) -> None:
         message = f"training; {self.saver.trouble}" if self.saver.trouble else "training"
-        progress = {"step": self.progress.step, "steps": self.steps, "checkpoint": _name(self.saver.step)}
+        progress = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saver.step)}
         with suppress(OSError):  # a folder that cannot be written does not end the training
             self.run.set_status("running", None, message, **progress)
+
+    def adapter_config(self) -> Any:
+        """PEFT's configuration as it is saved: for inference, and the same bytes each time."""
+        config = copy(self.peft_config)
+        config.inference_mode = True
+        config.target_modules = sorted(config.target_modules)
+        config.modules_to_save = sorted(config.modules_to_save) if config.modules_to_save else None
+        return config
 
     def say(self, line: str) -> None:
         """One plain line from rank 0."""
@@ -301,8 +292,8 @@ class Session:
                 raise RunError(f"{self.run.path}: began with other {what}: fingerprint {facts.get(fact)} then, {now} now; {ways_out}")
 
     def _mark_start(self) -> None:
-        self.run.cut_back(self.progress.step)
-        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps, checkpoint=_name(self.saved))
+        self.run.cut_back(self.progress.reached)
+        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps, checkpoint=name_of(self.saved))
 
     def _data_order(self, work: Work) -> list[str]:
         """The ids of the step's examples, slot by slot, as they went through the forward on whichever rank."""
@@ -340,20 +331,12 @@ class Session:
             "written_by": {"world_size": self.runtime.world_size, "sharding": self.runtime.sharding},
         }
 
-    def _adapter_config(self) -> Any:
-        """PEFT's configuration as it is saved: for inference, and the same bytes each time."""
-        config = copy(self.peft_config)
-        config.inference_mode = True
-        config.target_modules = sorted(config.target_modules)
-        config.modules_to_save = sorted(config.modules_to_save) if config.modules_to_save else None
-        return config
-
 
 def _untrained(because: str, suspects: Sequence[str]) -> str:
     named = f"; among {', '.join(suspects[:SHOWN])}{' ...' if len(suspects) > SHOWN else ''}" if suspects else ""
     return f"not trained: {because}{named}"
 
 
-def _name(step: int) -> str | None:
+def name_of(step: int) -> str | None:
     """Of a step's checkpoint; None for step 0, which has none."""
     return f"checkpoint-{step}" if step else None

@@ -7,6 +7,7 @@ Started by `mistral-dist train`, or directly:
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 
 from mistral_dist.runtime.process import StopRequest
@@ -23,14 +24,18 @@ from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
+from mistral_dist.ending import end, publish
 from mistral_dist.entry import end_before_start, note_failure, open_run
 from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, StopAgreed
 from mistral_dist.loss import refusing_infinity, summed_loss
+from mistral_dist.model import scoring
 from mistral_dist.optim import lr_at
 from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.drift import code_fingerprint, recipe_facts
 from mistral_dist.runtime.engine import Runtime, seed_noise
+from mistral_dist.runtime.watch import VALIDATION
 from mistral_dist.session import Session, StepResult
+from mistral_dist.validation import Measured
 
 
 def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
@@ -47,11 +52,10 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
         # in the middle of a step, which is not made: it will be done again
         session.say(f"stopping {asked}; left off at {runtime.place}")
         session.save(last=True)
-        return session.end(STOPPED, str(asked))
+        return end(session, STOPPED, str(asked))
 
     session.save(last=True)
-    session.publish_adapter(encoder.tokenizer)
-    return session.end(FINISHED)
+    return end(session, FINISHED, publish(session, encoder.tokenizer))
 
 
 def load(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> tuple[Session, Encoder]:
@@ -64,7 +68,10 @@ def load(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> tuple[Session, 
 
 
 def train_on(session: Session) -> None:
-    """Train from where the run stands to its last step, or until it has to go back."""
+    """Train from where the run stands to its last step, or until it has to go back or the validations end it."""
+    conclude(session)  # a stop may have come between a step and what follows it
+    if session.is_finished():
+        return
     stream = session.feed.stream
     for own in stream.from_cursor(session.progress.cursor):
         work = stream.agree(own, session.runtime.sum)
@@ -74,8 +81,41 @@ def train_on(session: Session) -> None:
         if trouble is not None:
             session.go_back(trouble)
             break
-        if session.is_checkpoint_due():
-            session.save()
+        conclude(session)
+        if session.is_finished():
+            break
+
+
+def conclude(session: Session) -> None:
+    """What follows a step where it is due: a validation, a checkpoint."""
+    if session.is_validation_due():
+        session.note_validation(validate(session))
+    if session.is_checkpoint_due():
+        session.save()
+
+
+def validate(session: Session) -> Measured:
+    """The mean loss over all target tokens of the validation examples, to the last bit the same however they are shared out.
+
+    Nothing in it is random, and it leaves no trace in what is trained. Raises StopAgreed between two batches, where any rank was asked
+    to stop: then it is taken by the next launch.
+    """
+    runtime, held_out, number = session.runtime, session.feed.validation, session.progress.step
+    assert held_out is not None, "the feed has something to validate on, or has refused"
+    started = time.monotonic()
+    sums: list[float] = []
+    with scoring(runtime.bare_model) as model:
+        for count, batch in enumerate(held_out.batches(), 1):
+            runtime.check_stop()
+            runtime.at(VALIDATION, number, count)
+            runtime.packs = batch.packs
+            sums.append(float(summed_loss(model, batch.to(runtime.device))))
+    runtime.at(VALIDATION, number)
+    # summed without rounding: the order, and so the number of ranks, is of no account
+    everywhere = [loss for rank in runtime.gather(sums) for loss in rank]
+    total = math.fsum(everywhere) if all(map(math.isfinite, everywhere)) else math.nan
+    runtime.at("between steps", number)
+    return Measured(total / held_out.targets, held_out.targets, held_out.examples, time.monotonic() - started)
 
 
 def step(session: Session, work: Work) -> StepResult:

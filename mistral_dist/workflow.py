@@ -47,7 +47,11 @@ def start_training(
         if status["state"] == "finished":
             say(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh")
             return FINISHED
-    prepare_if_needed(recipe)
+    prepared = prepare_if_needed(recipe)
+    if prepared is not None:
+        from mistral_dist.data.feed import refuse_unvalidated
+
+        refuse_unvalidated(recipe, prepared)
     line = training_line(recipe, words, processes=processes, zero=zero, offload=offload, config=config)
     if fresh:  # only now, when nothing speaks against the new run
         old = move_aside(run.path)

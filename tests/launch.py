@@ -50,14 +50,27 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+CLOCKS = ("tokens_per_second", "seconds", "memory_bytes", "save")
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run measured, without clocks and memory."""
-    clocks = ("tokens_per_second", "seconds", "memory_bytes", "save")
-    return [{key: value for key, value in entry.items() if key not in clocks} for entry in lines(run / "metrics.jsonl")]
+    """What a run measured, steps and validations, without clocks and memory."""
+    return [without_clocks(entry) for entry in lines(run / "metrics.jsonl")]
+
+
+def without_clocks(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: without_clocks(value) if key == "eval" else value for key, value in entry.items() if key not in CLOCKS}
 
 
 def losses(run: Path) -> list[float]:
-    return [entry["loss"] for entry in metrics(run)]
+    return [entry["loss"] for entry in metrics(run) if "eval" not in entry]
+
+
+def validations(run: Path) -> dict[int, dict[str, Any]]:
+    """What each validation of a run showed, by step; each once."""
+    found = [(entry["step"], entry["eval"]) for entry in metrics(run) if "eval" in entry]
+    assert len({step for step, _ in found}) == len(found), found
+    return dict(found)
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def training(
 
 
 def losses_so_far(run: Path) -> list[str]:
-    return re.findall(r'"loss": ([^,]+)', (run / "metrics.jsonl").read_text())
+    return re.findall(r'"epoch": [^,]+, "loss": ([^,]+)', (run / "metrics.jsonl").read_text())
 
 
 def wait_for(condition: Any, process: "subprocess.Popen[str] | None" = None) -> None:

@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 from mistral_dist.config import Data, Recipe, digest
 from mistral_dist.data import sources
 from mistral_dist.data.cleaner import Cleaner
-from mistral_dist.data.encode import Encoded, Encoder
+from mistral_dist.data.encode import Encoded, Encoder, load_encoder
 from mistral_dist.data.example import BadRow, from_record
+from mistral_dist.data.held_out import HeldOut
 from mistral_dist.data.lanes import Lanes, Rules, Streamed
 from mistral_dist.data.prepared import Prepared, open_prepared
 from mistral_dist.data.reader import BlockReader
-from mistral_dist.data.split import TEST, TRAIN
+from mistral_dist.data.split import TEST, TRAIN, VALIDATION
 from mistral_dist.data.stream import Plan, Stream
 from mistral_dist.data.weights import label_weights
 from mistral_dist.errors import DataError
@@ -39,6 +40,8 @@ class Feed:
     """The fingerprint of the prepared data that hold what is not trained on; empty where nothing is held out."""
     encoding: str = ""
     """The encoder's fingerprint: tokenizer, format and task."""
+    validation: HeldOut | None = None
+    """What is validated on; None without train.eval_steps."""
 
 
 def open_feed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
@@ -78,7 +81,8 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
     )
     counts = prepared.manifest["examples"]
     about = f"{counts[TRAIN]} examples; {counts[TEST]} more were held out for the test"
-    return Feed(stream, prepared.fingerprint, str(prepared.path), about, prepared.fingerprint, encoder.fingerprint)
+    validation = _validation(recipe, prepared, rank, world_size)
+    return Feed(stream, prepared.fingerprint, str(prepared.path), about, prepared.fingerprint, encoder.fingerprint, validation)
 
 
 def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> Feed:
@@ -102,8 +106,26 @@ def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> F
     )
     held_out = open_prepared(recipe, encoder) if has_held_out(data) else None
     about = "a stream" if held_out is None else f"a stream; {held_out.manifest['examples'][TEST]} examples were held out for the test"
+    validation = _validation(recipe, held_out, rank, world_size) if held_out is not None else None
     fingerprint = stream_fingerprint(recipe, encoder, streamed)
-    return Feed(lanes, fingerprint, "data.sources", about, held_out.fingerprint if held_out is not None else "", encoder.fingerprint)
+    of_held_out = held_out.fingerprint if held_out is not None else ""
+    return Feed(lanes, fingerprint, "data.sources", about, of_held_out, encoder.fingerprint, validation)
+
+
+def refuse_unvalidated(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise DataError where a run is to be validated, but the prepared data hold no validation examples."""
+    if recipe.train.eval_steps is not None and not prepared.manifest["examples"][VALIDATION]:
+        remedy = "raise data.validation_fraction or give more rows, and run `mistral-dist prepare` again, or set train.eval_steps=null"
+        raise DataError(f"train.eval_steps={recipe.train.eval_steps}: {prepared.path} holds no validation examples; {remedy}")
+
+
+def _validation(recipe: Recipe, prepared: Prepared, rank: int, world_size: int) -> HeldOut | None:
+    if recipe.train.eval_steps is None:
+        return None
+    refuse_unvalidated(recipe, prepared)
+    # an encoder of its own: while this one is used, a thread encodes the steps to come with the other
+    examples = _Examples(prepared.split(VALIDATION), load_encoder(recipe), {})
+    return HeldOut(examples, prepared.lengths(VALIDATION), recipe.data.max_length, rank, world_size)
 
 
 def stream_fingerprint(recipe: Recipe, encoder: Encoder, streamed: Sequence[Streamed]) -> str:
@@ -129,7 +151,7 @@ def _each(prepared: Prepared, of_label: Mapping[str, float]) -> np.ndarray:
 
 
 class _Examples:
-    """The train split, encoded when it is asked for."""
+    """A split, encoded when it is asked for."""
 
     def __init__(self, split: datasets.Dataset, encoder: Encoder, label_weights: Mapping[str, float]) -> None:
         self._split, self._encoder, self._weights = split, encoder, label_weights

@@ -81,7 +81,8 @@ class Runtime:
         self.is_writing: Callable[[], bool] = lambda: False
         """Whether a checkpoint of this rank is on its way to the disk, for which the last one will have to wait."""
         self._pace = Pace(self.device)
-        self._packs: Sequence[int] = ()
+        self.packs: Sequence[int] = ()
+        """Tokens of each pack in the forward at hand; for what is said where memory runs out."""
         self._recipe = recipe
         self._watch: Watch | None = None
         deadline = Deadline(process.launched(), recipe.train.max_seconds if recipe else None)
@@ -160,7 +161,7 @@ class Runtime:
         """
         self.check_stop()
         self.at("forward", step, micro)
-        self._packs = packs
+        self.packs = packs
         if packs:
             self._pace.begin()
         with self._accelerator.accumulate(self.model):
@@ -280,7 +281,7 @@ class Runtime:
             peak=self.memory_bytes(),
             capacity=torch.cuda.get_device_properties(self.device).total_memory if is_gpu else None,
             parts=standing(self.model, self._optimizer, self.device),
-            packs=self._packs,
+            packs=self.packs,
         )
         return TrainingError(explanation(scene, self._recipe))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mistral_dist.config import Recipe
+from mistral_dist.runtime.watch import VALIDATION
 
 GIB = 2**30
 
@@ -51,17 +52,18 @@ def explanation(scene: Scene, recipe: Recipe) -> str:
     packs = f"; the longest pack of the micro-batch has {max(scene.packs):,} tokens" if scene.packs else ""
     return (
         f"rank {scene.rank} on {scene.host} ran out of {scene.what} in {scene.place}: {_gib(scene.peak)} GiB{of} at the peak"
-        f" ({', '.join(held)}){packs}. {remedy(recipe)}"
+        f" ({', '.join(held)}){packs}. {remedy(recipe, VALIDATION in scene.place)}"
     )
 
 
-def remedy(recipe: Recipe) -> str:
+def remedy(recipe: Recipe, in_validation: bool = False) -> str:
     """What to type, what costs least first; the last of them needs a run of its own."""
-    free = []
-    if recipe.train.micro_batch_size > 1:
-        free.append(f"train.micro_batch_size={recipe.train.micro_batch_size // 2}")
-    if not recipe.train.gradient_checkpointing:
-        free.append("train.gradient_checkpointing=true")
+    train, free = recipe.train, []
+    if in_validation:  # of one pack, whose activations nobody keeps
+        free += [] if train.validation_decides else ["train.eval_steps=null"]
+    else:
+        free += [f"train.micro_batch_size={train.micro_batch_size // 2}"] if train.micro_batch_size > 1 else []
+        free += [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
     go_on = f"Go on with {' '.join(free)}; or start" if free else "Start"
     return f"{go_on} a new run with data.max_length={recipe.data.max_length // 2} run.dir=..."
 

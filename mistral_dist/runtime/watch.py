@@ -28,6 +28,8 @@ from mistral_dist.runtime import process
 
 PATIENCE = {"loading": 4.0, "saving": 4.0}
 """Phases in which one rank may work for long while the others wait, and how many times the limit they are given."""
+VALIDATION = "validation"
+"""The phase of a loss on the validation examples, which goes by batches."""
 ONLY_WAITING = 5.0
 """Times the limit for which ranks wait for each other in a collective: the watch must have spoken before."""
 SLOW = 1.5
@@ -45,10 +47,11 @@ class Place(NamedTuple):
     step: int | None = None
     """From 1."""
     micro: int | None = None
-    """From 1."""
+    """From 1; of a validation, the batch."""
 
     def __str__(self) -> str:
-        counted = ((word, number) for word, number in (("step", self.step), ("micro-step", self.micro)) if number is not None)
+        words = ("step", "batch" if self.phase == VALIDATION else "micro-step")
+        counted = ((word, number) for word, number in zip(words, (self.step, self.micro), strict=True) if number is not None)
         return ", ".join([*(f"{word} {number}" for word, number in counted), self.phase])
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import ADAPTER, assert_same_run
-from tests.launch import kill, lines, losses, mistral_dist, status, train, training, wait_for, workers
+from tests.launch import kill, lines, losses, mistral_dist, status, train, training, validations, wait_for, workers
 
 TOPOLOGIES = [
     pytest.param(1, 0, id="one process", marks=pytest.mark.matrix),
@@ -17,6 +17,9 @@ TOPOLOGIES = [
     pytest.param(2, "2+offload", id="ZeRO-2 x 2 with offload", marks=pytest.mark.matrix),
     pytest.param(2, "3+offload", id="ZeRO-3 x 2 with offload", marks=pytest.mark.matrix),
 ]
+
+
+VALIDATED = ("train.eval_steps=9", "train.load_best_model_at_end=true")
 
 
 def steps_of(run: Path, file: str) -> list[int]:
@@ -64,22 +67,29 @@ def long_recipe(recipe_writer: "object", tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
 @pytest.mark.fault("an update that spoils the adapter", "back to a checkpoint from before; the steps that led to it are passed over")
 def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int | str, long_recipe: Path, tmp_path: Path) -> None:
-    """One update of a huge learning rate; killed on the way after it, the run ends with the same bits."""
+    """One update of a huge learning rate; killed on the way after it, the run ends with the same bits.
+
+    What a validation saw of the spoiled adapter is forgotten, and where nothing was trained since the last one there is none.
+    """
     spoiled = faults.environment(huge_rate=[59])
-    run = train(long_recipe, tmp_path / "run", processes=processes, zero=zero, **spoiled)
+    run = train(long_recipe, tmp_path / "run", *VALIDATED, processes=processes, zero=zero, **spoiled)
     log = (run / "log.txt").read_text()
     assert "the loss was" in log and "back to checkpoint-50, steps 55 to 64 will be passed over" in log
     assert steps_of(run, "untrained.jsonl") == list(range(55, 65))
-    assert steps_of(run, "metrics.jsonl") == list(range(1, 76))
+    assert len(losses(run)) == 75
+    assert "step 63/75  validation loss" in log, "of the spoiled adapter"
+    assert list(validations(run)) == [9, 18, 27, 36, 45, 54, 72, 75]
+    assert all(found["loss"] < 2 * validations(run)[9]["loss"] for found in validations(run).values())
+    assert f"the adapter is that of step {validations(run)[75]['best_step']}" in status(run)["message"]
     assert steps_of(run, "data_order.jsonl") == [step for step in range(1, 76) if not 55 <= step < 65]
     well = [loss for loss in losses(run) if loss is not None]
     assert max(well[-10:]) < 2 * max(well[:10])
 
     killed = tmp_path / "killed"
-    with training(long_recipe, killed, until=66, processes=processes, zero=zero, **spoiled) as started:
+    with training(long_recipe, killed, *VALIDATED, until=66, processes=processes, zero=zero, **spoiled) as started:
         kill(started.pid)
         wait_for(lambda: not workers(killed))
-    train(long_recipe, killed, processes=processes, zero=zero, **spoiled)
+    train(long_recipe, killed, *VALIDATED, processes=processes, zero=zero, **spoiled)
     assert_same_run(killed, run, last=75)
 
 

@@ -14,17 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_dist import checkpoint, files
-from mistral_dist.checkpoint import Progress, Snapshot, to_drop
+from mistral_dist.checkpoint import Noted, Progress, Snapshot, best_good, to_drop
 from mistral_dist.config import Checkpoint
 from mistral_dist.data.stream import Cursor
 from mistral_dist.errors import CheckpointError
+from mistral_dist.validation import Validation
 
 NAME = "base_model.model.layers.0.q_proj.lora_A.default.weight"
 
 
-def snapshot(step: int, adapter: dict[str, torch.Tensor] | None = None, metric: float | None = None) -> Snapshot:
+def snapshot(step: int, adapter: dict[str, torch.Tensor] | None = None, metric: float | None = None, best_step: int = 0) -> Snapshot:
     return Snapshot(
-        Progress(step, Cursor(step * 4)),
+        Progress(step, Cursor(step * 4), validation=Validation(best_step=best_step)),
         adapter={NAME: torch.full((2, 3), float(step))} if adapter is None else adapter,
         adapter_config=peft.LoraConfig(r=2, target_modules=["q_proj"]),
         moments={f"{NAME}.exp_avg": torch.ones(2, 3), f"{NAME}.exp_avg_sq": torch.ones(2, 3)},
@@ -71,10 +72,10 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         ({5: None}, 5, {"save_total_limit": 1}, set()),
         ({5: None, 10: None, 15: None}, 15, {"save_total_limit": 2}, {5}),
         ({5: None, 10: None, 15: None}, 15, {"save_total_limit": 5}, set()),
-        # the best stay beside the last; of equal ones the later
+        # the best stay beside the last; of equal ones the first, as for the run itself
         ({5: 0.1, 10: 0.3, 15: 0.2, 20: 0.4}, 20, {"save_total_limit": 1, "save_best_limit": 1}, {10, 15}),
         ({5: 0.1, 10: 0.3, 15: 0.2, 20: 0.4}, 20, {"save_total_limit": 1, "save_best_limit": 2}, {10}),
-        ({5: 0.1, 10: 0.1, 15: 0.2}, 15, {"save_total_limit": 1, "save_best_limit": 1}, {5}),
+        ({5: 0.1, 10: 0.1, 15: 0.2}, 15, {"save_total_limit": 1, "save_best_limit": 1}, {10}),
         # no evaluation, or one that gave no number, is never the best
         ({5: None, 10: float("nan"), 15: 0.9, 20: None}, 20, {"save_total_limit": 1, "save_best_limit": 2}, {5, 10}),
         # every n-th for good
@@ -84,7 +85,61 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     ],
 )
 def test_the_rules_decide_what_goes(found: dict[int, float | None], newest: int, rules: dict[str, int], dropped: set[int]) -> None:
+    noted = {step: Noted(metric) for step, metric in found.items()}
+    assert to_drop(noted, newest, Checkpoint(save_steps=5, **rules)) == dropped
+
+
+BEST = {"save_steps": 10, "save_total_limit": 2, "save_best_limit": 1}
+
+
+@pytest.mark.parametrize(
+    ("found", "newest", "rules", "dropped"),
+    [
+        # those saved only because a validation was good do not push out the last ones
+        ({10: Noted(), 20: Noted(), 21: Noted(0.3, 21), 22: Noted(0.2, 22)}, 22, BEST, {21}),
+        ({10: Noted(), 20: Noted(), 21: Noted(0.3, 21), 22: Noted(0.2, 22)}, 22, {**BEST, "save_best_limit": 2}, set()),
+        # one saved at a stop is among the last
+        ({10: Noted(), 20: Noted(), 27: Noted()}, 27, BEST, {10}),
+        # what one of the last knows as the best stays while the run may go back to it, though there is a better one now
+        ({5: Noted(0.4, 5), 10: Noted(None, 5), 15: Noted(0.3, 15), 20: Noted(None, 15)}, 20, BEST, set()),
+        ({5: Noted(0.4, 5), 15: Noted(0.3, 15), 20: Noted(None, 15), 30: Noted(None, 15)}, 30, BEST, {5}),
+        # a stop came before the validation that made it the best: it notes no metric itself
+        ({12: Noted(), 20: Noted(None, 12), 30: Noted(None, 12)}, 30, BEST, set()),
+        # nothing of it where no best one is kept
+        ({5: Noted(0.4, 5), 10: Noted(None, 5), 20: Noted(None, 5)}, 20, {**BEST, "save_best_limit": 0}, {5}),
+    ],
+)
+def test_the_best_are_kept_as_the_run_needs_them(found: dict[int, Noted], newest: int, rules: dict[str, int], dropped: set[int]) -> None:
     assert to_drop(found, newest, Checkpoint(**rules)) == dropped
+
+
+def test_the_best_is_found_or_the_next_best_that_is_whole(tmp_path: Path) -> None:
+    rules = Checkpoint(save_steps=5, save_total_limit=9)
+    paths = {
+        step: checkpoint.save(tmp_path, snapshot(step, metric=metric, best_step=best), rules)
+        for step, metric, best in [(5, 0.4, 5), (10, 0.2, 10), (15, 0.3, 10), (20, None, 10)]
+    }
+    assert best_good(tmp_path, 10) == paths[10]
+    assert best_good(tmp_path, 20) == paths[20], "as the run knows: validated after it was saved"
+    (paths[10] / "optimizer.safetensors").write_bytes(b"damaged")
+    assert best_good(tmp_path, 10) == paths[15]
+    for step in (5, 15):
+        files.remove(paths[step])
+    assert best_good(tmp_path, 10) is None
+
+
+def test_a_checkpoint_from_before_there_were_validations_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    facts = json.loads((path / "progress.json").read_text())
+    del facts["validation"]
+    (path / "progress.json").write_text(json.dumps(facts))
+    assert checkpoint.load_progress(path)[0] == Progress(7, Cursor(28))
+
+
+def test_metrics_are_made_half_a_step_further_where_the_step_was_validated() -> None:
+    assert Progress(7).reached == 7
+    assert Progress(7, validation=Validation(step=7)).reached == 7.5
+    assert Progress(8, validation=Validation(step=7)).reached == 8
 
 
 METRICS = st.one_of(st.none(), st.floats())
@@ -101,9 +156,10 @@ def test_the_newest_the_last_the_best_and_the_regular_are_never_dropped(
     found: dict[int, float | None], data: st.DataObject, last: int, best: int, every: int | None
 ) -> None:
     newest = data.draw(st.sampled_from(sorted(found)))
-    kept = found.keys() - to_drop(found, newest, Checkpoint(save_total_limit=last, save_best_limit=best, keep_every_steps=every))
+    rules = Checkpoint(save_steps=5, save_total_limit=last, save_best_limit=best, keep_every_steps=every)
+    kept = found.keys() - to_drop({step: Noted(metric) for step, metric in found.items()}, newest, rules)
     assert newest in kept
-    assert set(sorted(found)[-last:]) <= kept
+    assert set(sorted(step for step in found if step % 5 == 0 or found[step] is None)[-last:]) <= kept
     assert {step for step in found if every and step % every == 0} <= kept
     measured = sorted(metric for metric in found.values() if metric is not None and metric == metric)
     kept_values = sorted(metric for step in kept if (metric := found[step]) is not None and metric == metric)
@@ -127,7 +183,7 @@ def test_there_is_always_a_checkpoint_that_is_old_enough_to_go_back_to(every: in
 
 
 def test_the_best_stay_on_the_disk(tmp_path: Path) -> None:
-    rules = Checkpoint(save_total_limit=1, save_best_limit=1)
+    rules = Checkpoint(save_steps=5, save_total_limit=1, save_best_limit=1)
     for step, metric in ((5, 0.5), (10, 0.3), (15, None), (20, 0.9)):
         checkpoint.save(tmp_path, snapshot(step, metric=metric), rules)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20"]

@@ -145,6 +145,25 @@ def test_a_wrong_override_says_so(recipe: Callable[[str], Path], override: str, 
             ["lora.target_modules=[q_proj, lm_head]", "lora.modules_to_save=[lm_head]"],
             ["lora.modules_to_save: lm_head is in target_modules"],
         ),
+        (["train.early_stopping_patience=3"], ["train.early_stopping_patience: needs", "train.eval_steps=50"]),
+        (["train.load_best_model_at_end=true"], ["train.load_best_model_at_end: needs", "train.eval_steps=50"]),
+        (
+            ["train.eval_steps=5", "train.early_stopping_threshold=0.1"],
+            ["train.early_stopping_threshold: says nothing without train.early_stopping_patience"],
+        ),
+        (
+            ["train.eval_steps=5", "data.validation_fraction=0"],
+            [
+                "train.eval_steps: there are no validation examples",
+                "data.validation_fraction=0",
+                "into: validation",
+                "remove train.eval_steps",
+            ],
+        ),
+        (
+            ["train.eval_steps=5", "data.streaming=true", "train.steps=9"],
+            ["train.eval_steps: there are no validation examples: a stream", "into: validation", "remove train.eval_steps"],
+        ),
     ],
 )
 def test_what_does_not_go_together_says_so(recipe: Callable[[str], Path], overrides: list[str], words: list[str]) -> None:
@@ -182,6 +201,11 @@ def test_a_missing_recipe_names_the_way_to_one(tmp_path: Path) -> None:
         ("data.cutoff_len", "data.max_length"),
         ("train.gradient_accumulation_steps", "train.global_batch_size"),
         ("model.gradient_checkpointing", "train.gradient_checkpointing"),
+        ("train.eval_strategy", "train.eval_steps"),
+        ("evals_per_epoch", "train.eval_steps"),
+        ("train.early_stopping_steps", "train.early_stopping_patience"),
+        ("checkpoint.load_best_model_at_end", "train.load_best_model_at_end"),
+        ("train.metric_for_best_model", "the loss on the validation examples decides"),
     ],
 )
 def test_names_of_other_trainers_are_known(key: str, remedy: str) -> None:
@@ -202,3 +226,19 @@ def test_only_what_must_not_change_counts_as_changed(recipe: Callable[[str], Pat
     assert changed_fields(began, later) == []
     assert changed_fields(began, Recipe.load(path, ["optim.learning_rate=1"])) == [("optim.learning_rate", 2e-4, 1.0)]
     assert {key.split(".")[0] for key in FREE_IN_A_RUN} <= set(Recipe.model_fields)
+
+
+def test_how_often_a_run_is_validated_may_change_unless_that_decides_something(recipe: Callable[[str], Path]) -> None:
+    path = recipe(GOOD)
+    often, seldom = (Recipe.load(path, [f"train.eval_steps={steps}"]) for steps in (5, 50))
+    assert changed_fields(Recipe.load(path), often) == changed_fields(often, seldom) == changed_fields(often, Recipe.load(path)) == []
+    for decides in ("train.early_stopping_patience=2", "train.load_best_model_at_end=true"):
+        often, seldom = (Recipe.load(path, [f"train.eval_steps={steps}", decides]) for steps in (5, 50))
+        assert changed_fields(often, seldom) == [("train.eval_steps", 5, 50)]
+        assert decides.partition("=")[0] in {key: new for key, _, new in changed_fields(Recipe.load(path), often)}
+
+
+@pytest.mark.parametrize("held_out", [["data.validation_fraction=0"], ["data.streaming=true", "train.steps=9"]])
+def test_a_source_of_their_own_gives_validation_examples(recipe: Callable[[str], Path], held_out: list[str]) -> None:
+    path = recipe(GOOD.replace("- path: x.jsonl", "- path: x.jsonl\n    - {path: y.jsonl, into: validation}"))
+    assert Recipe.load(path, ["train.eval_steps=5", *held_out]).train.eval_steps == 5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mistral_dist.config import Recipe
-from mistral_dist.data.feed import has_held_out, open_feed
+from mistral_dist.data.feed import has_held_out, open_feed, refuse_unvalidated
 from mistral_dist.data.lanes import Lanes
 from mistral_dist.data.prepared import Prepared
 from mistral_dist.errors import DataError, RecipeError
@@ -87,3 +87,13 @@ def test_where_nothing_is_held_out_nothing_is_prepared_and_nothing_evaluated(tmp
     nothing: Any = None
     with pytest.raises(DataError, match="nothing was held out"):
         evaluate(loaded, nothing, nothing)
+
+
+def test_a_run_that_is_to_be_validated_needs_examples_for_it(tmp_path: Path) -> None:
+    sources: list[dict[str, object]] = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "into": "validation"}]
+    none, some = (Prepared(tmp_path / "data", {"examples": {"validation": count}}) for count in (0, 1))
+    validated = recipe(tmp_path, "train.eval_steps=2", sources=sources)
+    with pytest.raises(DataError, match=r"train\.eval_steps=2: .*data holds no validation examples; .*train\.eval_steps=null"):
+        refuse_unvalidated(validated, none)
+    refuse_unvalidated(validated, some)
+    refuse_unvalidated(recipe(tmp_path, sources=sources), none)

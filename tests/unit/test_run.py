@@ -174,6 +174,32 @@ def test_recent_metrics_leave_out_a_half_written_line(run: RunDirectory) -> None
     assert [entry["step"] for entry in run.recent_metrics(2)] == [2, 3]
 
 
+def test_validations_stand_beside_the_steps(run: RunDirectory) -> None:
+    assert run.last_validation() is None
+    fill(run, 4)
+    run.append("metrics.jsonl", {"step": 4, "eval": {"loss": 0.5, "best_step": 4}})
+    run.append("metrics.jsonl", {"step": 5, "loss": 0.2})
+    assert [entry["step"] for entry in run.recent_metrics(3)] == [3, 4, 5]
+    assert all("loss" in entry for entry in run.recent_metrics(9))
+    assert run.last_validation() == {"step": 4, "loss": 0.5, "best_step": 4}
+
+
+def test_the_validation_of_the_step_is_cut_back_where_the_checkpoint_does_not_know_it(run: RunDirectory) -> None:
+    fill(run, 4)
+    run.append("metrics.jsonl", {"step": 4, "eval": {"loss": 0.5}})
+    run.append("metrics.jsonl", {"step": 5, "loss": 0.2})
+    run.cut_back(4.5)
+    assert [("eval" in line, step) for line, step in with_text(run)] == [(False, 1), (False, 2), (False, 3), (False, 4), (True, 4)]
+    run.cut_back(4)
+    assert [("eval" in line, step) for line, step in with_text(run)] == [(False, 1), (False, 2), (False, 3), (False, 4)]
+    assert steps_in(run.path / "data_order.jsonl") == [1, 2, 3, 4]
+
+
+def with_text(run: RunDirectory) -> list[tuple[str, int]]:
+    file = run.path / "metrics.jsonl"
+    return list(zip(file.read_text().splitlines(), steps_in(file), strict=True))
+
+
 def test_recent_metrics_of_a_long_run_read_its_end_only(run: RunDirectory) -> None:
     fill(run, 3000)
     with open(run.path / "metrics.jsonl", "r+b") as stream:

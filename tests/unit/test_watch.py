@@ -20,7 +20,7 @@ from mistral_dist.runtime.drift import code_fingerprint, drift, recipe_facts
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory
 from mistral_dist.runtime.process import StopRequest
-from mistral_dist.runtime.watch import Beat, Place, Seen, hung, sentence, slow
+from mistral_dist.runtime.watch import VALIDATION, Beat, Place, Seen, hung, sentence, slow
 from tests.launch import ROOT
 
 
@@ -392,6 +392,17 @@ def test_memory_is_told_by_part() -> None:
         "rank 3 on gpu07 ran out of GPU memory in step 12, update: 23.00 GiB of 24.00 at the peak (frozen base 4.00, adapter 0.25,"
         " optimizer 0.50, activations and the rest 18.25). Start a new run with data.max_length=1024 run.dir=..."
     )
+
+
+def test_memory_in_a_validation_has_remedies_of_its_own() -> None:
+    assert str(Place(9, VALIDATION, 40, 3)) == "step 40, batch 3, validation"
+    scene = Scene(0, "gpu07", str(Place(9, VALIDATION, 40, 3)), "GPU memory", 2**30, None, {}, [512])
+    validated = recipe(eval_steps=20, micro_batch_size=4, gradient_checkpointing=False)
+    told = explanation(scene, validated)
+    assert "in step 40, batch 3, validation: " in told
+    assert told.endswith("Go on with train.eval_steps=null; or start a new run with data.max_length=1024 run.dir=...")
+    decides = recipe(eval_steps=20, early_stopping_patience=2, micro_batch_size=4)
+    assert explanation(scene, decides).endswith(". Start a new run with data.max_length=1024 run.dir=...")
 
 
 def test_what_is_out_of_memory_and_what_is_not() -> None:
