@@ -26,7 +26,7 @@ from mistral_dist.runtime.control import Control, Deadline
 from mistral_dist.runtime.drift import drift
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory, standing
 from mistral_dist.runtime.pace import Pace
-from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch
+from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch, board
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Runtime:
         """Look after the other ranks from now on, and be looked after; see watch.py."""
         if stall_seconds is not None and self.world_size > 1:
             self._watch = Watch(
-                self.rank, self.world_size, _board(), stall_seconds,
+                self.rank, self.world_size, board(), stall_seconds,
                 place=lambda: self.place, pace=lambda: self._pace.median(ENOUGH), stacks=stacks, report=report, say=say,
             )  # fmt: skip
 
@@ -127,6 +127,14 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
+
+    def settle(self, recipe: Recipe) -> None:
+        """Take the recipe with the number that stands for `train.micro_batch_size: auto`; before `prepare`. Raises MachineError."""
+        self._recipe, self._accumulation = recipe, accumulation_steps(recipe, self.world_size)
+        self._accelerator.gradient_accumulation_steps = self._accumulation
+        zero = _deepspeed_config(recipe, self.world_size) or {}
+        for key in zero.keys() & {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"}:
+            self._accelerator.deepspeed_plugin.deepspeed_config[key] = zero[key]
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap model and optimizer, shard them where ZeRO does. The adapter must already hold the values to go on from."""
@@ -263,6 +271,10 @@ class Runtime:
             return int(torch.cuda.max_memory_allocated(self.device))
         return process.peak_resident_bytes()
 
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of this rank that stay from step to step, by part; gradients only while there are any."""
+        return standing(self.model, self._optimizer)
+
     def explain(self, error: Exception) -> Exception:
         """An error that says what to do, for one that says that memory was refused; any other as it is."""
         if self._recipe is None or not is_out_of_memory(error):
@@ -275,7 +287,7 @@ class Runtime:
             what="GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory",
             peak=self.memory_bytes(),
             capacity=torch.cuda.get_device_properties(self.device).total_memory if is_gpu else None,
-            parts=standing(self.model, self._optimizer),
+            parts=self.memory_parts(),
             packs=self._packs,
         )
         return TrainingError(explanation(scene, self._recipe))
@@ -302,14 +314,6 @@ def _patience(recipe: Recipe | None) -> datetime.timedelta:
     return max(TIMEOUT, datetime.timedelta(seconds=ONLY_WAITING * (stall or 0.0)))
 
 
-def _board() -> torch.distributed.Store:
-    """A connection of its own to the store by which the ranks met: the main thread may wait in the other one."""
-    address, port = process.environment("MASTER_ADDR"), int(process.environment("MASTER_PORT"))
-    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=30), wait_for_workers=False)
-    attempt = process.environment("TORCHELASTIC_RESTART_COUNT", "0")
-    return torch.distributed.PrefixStore(f"mistral-dist/{attempt}", store)
-
-
 def seed_noise(seed: int, step: int, slot: int) -> None:
     """Seed what is random in one micro-batch (LoRA dropout): the same wherever and whenever the slot is computed."""
     mixed = random.Random(f"{seed}/{step}/{slot}").getrandbits(63)
@@ -318,7 +322,7 @@ def seed_noise(seed: int, step: int, slot: int) -> None:
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     """Micro-batches of each rank in a step. Raises RecipeError where there are more ranks than packs in a step."""
-    packs, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    packs, micro = recipe.train.global_batch_size, recipe.train.packs_per_forward
     if world_size > packs:
         raise RecipeError(
             f"train.global_batch_size={packs}: cannot be shared by {world_size} GPUs; use at most {packs} of them,"
@@ -350,9 +354,9 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, f
     """
     accumulation = accumulation_steps(recipe, world_size)
     decided = {
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.packs_per_forward,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": recipe.train.micro_batch_size * accumulation * world_size,
+        "train_batch_size": recipe.train.packs_per_forward * accumulation * world_size,
         "gradient_clipping": recipe.optim.max_grad_norm,
     }
     for key, value in decided.items():

@@ -1,6 +1,7 @@
 """Out of memory: which rank, where, what held it, and what to type."""
 
 import errno
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("can't allocate memory", "out of memory"))
 
 
+def refuses_in_time(device: torch.device) -> bool:
+    """Whether a device says that memory is full, and goes on. For a CPU the kernel ends the process instead."""
+    return device.type == "cuda"
+
+
+def forget(device: torch.device) -> None:
+    """Give back what is cached of what is no longer used, and count the peak from here on."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def explanation(scene: Scene, recipe: Recipe) -> str:
     """One line: rank, phase, peak by part, longest pack, and the overrides that help."""
     held = [f"{name} {_gib(size)}" for name, size in scene.parts.items() if size]
@@ -58,8 +72,8 @@ def explanation(scene: Scene, recipe: Recipe) -> str:
 def remedy(recipe: Recipe) -> str:
     """What to type, what costs least first; the last of them needs a run of its own."""
     free = []
-    if recipe.train.micro_batch_size > 1:
-        free.append(f"train.micro_batch_size={recipe.train.micro_batch_size // 2}")
+    if recipe.train.packs_per_forward > 1:
+        free.append(f"train.micro_batch_size={recipe.train.packs_per_forward // 2}")
     if not recipe.train.gradient_checkpointing:
         free.append("train.gradient_checkpointing=true")
     go_on = f"Go on with {' '.join(free)}; or start" if free else "Start"
