@@ -103,7 +103,7 @@ class _Trial:
 
     def __init__(self, recipe: Recipe, device: torch.device, model: Any) -> None:
         self._recipe, self._device, self._model = recipe, device, model
-        if any(parameter.device != device for parameter in model.parameters()):
+        if any(parameter.device.type != device.type for parameter in model.parameters()):
             model.to(device)  # a base that is not quantized; it would go there a moment later
         self._trainable = list(adapter_parameters(model).values())
         spare = SPARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

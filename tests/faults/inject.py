@@ -4,6 +4,7 @@ nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that
 kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
 huge_rate                  [step, ...]: the learning rate is 1 there
 memory                     {rank: tokens}: a longer forward of that rank is refused its memory, as by a GPU
+card_bytes                 this process may have so much of the GPU
 no_borders                 attention crosses from one example to the next
 shifted_targets            each target is predicted one place too early
 dead_gradient              one tensor of the adapter never gets a gradient
@@ -71,6 +72,8 @@ if "kill_in_save" in FAULTS and os.environ.get("RANK", "0") == "0":
     kill_in_save(*FAULTS["kill_in_save"])
 if "memory" in FAULTS:
     memory.refuses_in_time = lambda device: True
+if "card_bytes" in FAULTS:
+    torch.cuda.set_per_process_memory_fraction(FAULTS["card_bytes"] / torch.cuda.get_device_properties(0).total_memory)
 if "no_borders" in FAULTS:
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
 if "shifted_targets" in FAULTS:
