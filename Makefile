@@ -6,7 +6,7 @@
 # make faults    every fault under every ZeRO stage; writes docs/faults.md (some 40 minutes)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
-# make test-gpu  the tests that need an NVIDIA GPU
+# make test-gpu  the tests that need an NVIDIA GPU (one card, under 10 minutes; figures in build/gpu)
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Single-GPU debug mode: 20 steps of your own recipe in one process, in a run directory of their own.
+# Single-GPU debug mode: 20 steps of your own recipe in one process, looked at from all sides, in a run directory of their own.
 #   launch/debug.sh RECIPE [section.field=value ...]
 set -euo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec grep '^# ' "$0"; fi

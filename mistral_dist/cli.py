@@ -122,19 +122,18 @@ def train(
     ] = False,
     config_file: Annotated[Path | None, typer.Option(help="An accelerate config of your own")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start anew")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="One process, 20 steps, in a run directory of its own")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="20 steps in one process, looked at from all sides, in RUN-debug")] = False,
 ) -> None:
     """Train, or go on from the last good checkpoint, on all visible GPUs; prepares the data if needed."""
     from mistral_dist.config import Recipe
-    from mistral_dist.run import discard
     from mistral_dist.workflow import start_training
 
     words = list(overrides or [])
-    if debug:
-        words += ["train.steps=20", f"run.dir={Recipe.load(recipe_file, words).run_dir}-debug"]
-        processes, zero, offload = 1, 0, False
-        discard(Recipe.load(recipe_file, words).run_dir)
     recipe = Recipe.load(recipe_file, words)
+    if debug:
+        from mistral_dist.debug.mode import start_debug
+
+        raise typer.Exit(start_debug(recipe_file, words))
     code = start_training(
         recipe, [str(recipe_file), *words], processes=processes, zero=zero, offload=offload, config=config_file, fresh=fresh
     )

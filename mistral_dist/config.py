@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mistral_dist.errors import RecipeError
 from mistral_dist.recipe_file import explain, parse_override, read_yaml, set_field
@@ -74,8 +74,10 @@ class Train(Section):
     """Stop after this many optimizer steps, if the epochs give more."""
     global_batch_size: Count = 32
     """Packs of one optimizer step, over all GPUs together. Accumulation follows from it."""
-    micro_batch_size: Count = 1
-    """Packs that one GPU feeds one forward. Changes speed and memory, not what is learned."""
+    micro_batch_size: Count | Literal["auto"] = 1
+    """Packs that one GPU feeds one forward. Changes speed and memory, not what is learned. auto: the largest that fits into every GPU,
+    found at the start on full packs in which every token is a target. On a CPU auto is 1: memory cannot be refused there in
+    time, and a larger one is no faster."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: half more compute (the base is frozen), a fraction of the memory."""
     label_smoothing_factor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -122,6 +124,18 @@ class Train(Section):
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError("early_stopping_threshold: says nothing without train.early_stopping_patience; add it, e.g. 3")
         return self
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _auto_or_a_count(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"must be auto or a whole number from 1 on, but it is {value!r}")
+
+    @property
+    def packs_per_forward(self) -> int:
+        """`micro_batch_size`, or 1 as long as `auto` has found none."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class Checkpoint(Section):

@@ -6,6 +6,7 @@
     data_order.jsonl     with log.data_order
     untrained.jsonl      steps that changed nothing, why, and the ids of the examples that may be to blame
     quarantine.jsonl     of a stream: every row that was dropped, with place and reason, as of the last checkpoint
+    debug.jsonl          of the debug mode: what was looked at, and found
     log.txt              what the workers and their libraries printed
     lease.json           who writes here now
     checkpoints/ adapter/ evaluation/
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 from mistral_dist.config import Recipe, changed_fields
 from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.files import read_json, remove, replace_text, write_text
+from mistral_dist.files import read_json, replace_text, write_text
 from mistral_dist.journal import Journal, step_of
 from mistral_dist.runtime import process
 
@@ -254,13 +255,6 @@ def check_free(path: Path) -> None:
     who = holder(path)
     if who is not None:
         raise RunError(f"{path}: in use by {who}; wait for it, stop it, or start another run with run.dir=...")
-
-
-def discard(path: Path) -> None:
-    """Remove a run that nobody will miss, of the debug mode; nothing else."""
-    check_free(path)
-    if (path / "recipe.yaml").is_file():
-        remove(path)
 
 
 def move_aside(path: Path) -> Path | None:

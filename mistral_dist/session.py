@@ -21,6 +21,7 @@ from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.guards import Trouble, reach
+from mistral_dist.micro_batch import settled
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
@@ -104,6 +105,9 @@ class Session:
         parameters = adapter_parameters(model)
         if found is not None:
             checkpoint.load_adapter(found, parameters)
+        runtime.agree_to_go_on()
+        recipe = session.recipe = settled(recipe, runtime, model, session.say)
+        feed.stream.regroup(recipe.train.packs_per_forward)
         runtime.agree_to_go_on()
         runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
         if runtime.byte_sum(packed_weights(runtime.bare_model)) != packed:

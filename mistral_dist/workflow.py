@@ -6,6 +6,7 @@ Whatever the user can mend is found here, before workers start and a model is lo
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ def start_training(
     offload: bool = False,
     config: Path | None = None,
     fresh: bool = False,
+    module: str = "mistral_dist.train",
 ) -> int:
     """Train a recipe, or go on with it, or say that it is done; return the exit code.
 
-    `words` are the recipe's path and the overrides, as the workers will read them.
+    `words` are the recipe's path and the overrides, as the workers will read them; `module` is what they run.
     """
     started = time.monotonic()
     run = RunDirectory(recipe.run_dir)
@@ -52,7 +54,7 @@ def start_training(
         from mistral_dist.data.feed import refuse_unvalidated
 
         refuse_unvalidated(recipe, prepared)
-    line = training_line(recipe, words, processes=processes, zero=zero, offload=offload, config=config)
+    line = replace(training_line(recipe, words, processes=processes, zero=zero, offload=offload, config=config), module=module)
     if fresh:  # only now, when nothing speaks against the new run
         old = move_aside(run.path)
         if old is not None:

@@ -76,7 +76,7 @@ def _prepared(recipe: Recipe, prepared: Prepared, encoder: Encoder, rank: int, w
         (tokens, targets),
         rank=rank,
         world_size=world_size,
-        micro_batch_size=recipe.train.micro_batch_size,
+        micro_batch_size=recipe.train.packs_per_forward,
         weights=_each(prepared, of_label) if of_label else None,
     )
     counts = prepared.manifest["examples"]
@@ -102,7 +102,7 @@ def _streamed(recipe: Recipe, encoder: Encoder, rank: int, world_size: int) -> F
         train.steps,
         rank,
         world_size,
-        train.micro_batch_size,
+        train.packs_per_forward,
     )
     held_out = open_prepared(recipe, encoder) if has_held_out(data) else None
     about = "a stream" if held_out is None else f"a stream; {held_out.manifest['examples'][TEST]} examples were held out for the test"

@@ -255,7 +255,12 @@ class Lanes:
     _micro: list[range] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._micro = micro_slots(self.rules.lanes, self.rank, self.world_size, self.micro_batch_size)
+        self.regroup(self.micro_batch_size)
+
+    def regroup(self, micro_batch_size: int) -> None:
+        """Serve the same lanes in micro-batches of another size; before the work begins."""
+        self.micro_batch_size = micro_batch_size
+        self._micro = micro_slots(self.rules.lanes, self.rank, self.world_size, micro_batch_size)
 
     def from_cursor(self, cursor: Cursor) -> Iterator[Work]:
         """The remaining work of the run. Counts and epoch are those of this rank's lanes until `agree` sums them up.

@@ -225,7 +225,12 @@ class Stream:
         self._examples = examples
         self._tokens, self._targets = lengths
         self._weights = weights
-        self._micro = micro_slots(plan.global_batch_size, rank, world_size, micro_batch_size)
+        self._rank, self._world_size = rank, world_size
+        self.regroup(micro_batch_size)
+
+    def regroup(self, micro_batch_size: int) -> None:
+        """Serve the same slots in micro-batches of another size; before the work begins."""
+        self._micro = micro_slots(self.plan.global_batch_size, self._rank, self._world_size, micro_batch_size)
 
     @property
     def steps(self) -> int:

@@ -25,7 +25,7 @@ from mistral_dist.runtime.control import Control, Deadline
 from mistral_dist.runtime.drift import drift
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory, standing
 from mistral_dist.runtime.pace import Pace
-from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch
+from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch, board
 from mistral_dist.runtime.zero import accumulation_steps, deepspeed_config, offloads, without_compiled_collectives
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class Runtime:
         """Look after the other ranks from now on, and be looked after; see watch.py."""
         if stall_seconds is not None and self.world_size > 1:
             self._watch = Watch(
-                self.rank, self.world_size, _board(), stall_seconds,
+                self.rank, self.world_size, board(), stall_seconds,
                 place=lambda: self.place, pace=lambda: self._pace.median(ENOUGH), stacks=stacks, report=report, say=say,
             )  # fmt: skip
 
@@ -136,6 +136,14 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
+
+    def settle(self, recipe: Recipe) -> None:
+        """Take the recipe with the number that stands for `train.micro_batch_size: auto`; before `prepare`. Raises MachineError."""
+        self._recipe, self._accumulation = recipe, accumulation_steps(recipe, self.world_size)
+        self._accelerator.gradient_accumulation_steps = self._accumulation
+        zero = deepspeed_config(recipe, self.world_size) or {}
+        for key in zero.keys() & {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"}:
+            self._accelerator.deepspeed_plugin.deepspeed_config[key] = zero[key]
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap model and optimizer, shard them where ZeRO does. The adapter must already hold the values to go on from."""
@@ -268,6 +276,10 @@ class Runtime:
             return int(torch.cuda.max_memory_allocated(self.device))
         return process.peak_resident_bytes()
 
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of this rank that stay from step to step, by part; gradients only while there are any."""
+        return standing(self.model, self._optimizer, self.device)
+
     def explain(self, error: Exception) -> Exception:
         """An error that says what to do, for one that says that memory was refused; any other as it is."""
         if self._recipe is None or not is_out_of_memory(error):
@@ -280,7 +292,7 @@ class Runtime:
             what="GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory",
             peak=self.memory_bytes(),
             capacity=torch.cuda.get_device_properties(self.device).total_memory if is_gpu else None,
-            parts=standing(self.model, self._optimizer, self.device),
+            parts=self.memory_parts(),
             packs=self.packs,
         )
         return TrainingError(explanation(scene, self._recipe))
@@ -323,14 +335,6 @@ def _patience(recipe: Recipe | None) -> datetime.timedelta:
     """How long ranks wait for each other in a collective."""
     stall = recipe.train.stall_seconds if recipe is not None else None
     return max(TIMEOUT, datetime.timedelta(seconds=ONLY_WAITING * (stall or 0.0)))
-
-
-def _board() -> torch.distributed.Store:
-    """A connection of its own to the store by which the ranks met: the main thread may wait in the other one."""
-    address, port = process.environment("MASTER_ADDR"), int(process.environment("MASTER_PORT"))
-    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=30), wait_for_workers=False)
-    attempt = process.environment("TORCHELASTIC_RESTART_COUNT", "0")
-    return torch.distributed.PrefixStore(f"mistral-dist/{attempt}", store)
 
 
 def seed_noise(seed: int, step: int, slot: int) -> None:

@@ -1,6 +1,7 @@
 """Out of memory: which rank, where, what held it, and what to type."""
 
 import errno
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("can't allocate memory", "out of memory"))
 
 
+def refuses_in_time(device: torch.device) -> bool:
+    """Whether a device says that memory is full, and goes on. For a CPU the kernel ends the process instead."""
+    return device.type == "cuda"
+
+
+def forget(device: torch.device) -> None:
+    """Give back what is cached of what is no longer used, and count the peak from here on."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def explanation(scene: Scene, recipe: Recipe) -> str:
     """One line: rank, phase, peak by part, longest pack, and the overrides that help."""
     held = [f"{name} {_gib(size)}" for name, size in scene.parts.items() if size]
@@ -62,7 +76,7 @@ def remedy(recipe: Recipe, in_validation: bool = False) -> str:
     if in_validation:  # of one pack, whose activations nobody keeps
         free += [] if train.validation_decides else ["train.eval_steps=null"]
     else:
-        free += [f"train.micro_batch_size={train.micro_batch_size // 2}"] if train.micro_batch_size > 1 else []
+        free += [f"train.micro_batch_size={train.packs_per_forward // 2}"] if train.packs_per_forward > 1 else []
         free += [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
     go_on = f"Go on with {' '.join(free)}; or start" if free else "Start"
     return f"{go_on} a new run with data.max_length={recipe.data.max_length // 2} run.dir=..."

@@ -9,6 +9,7 @@ The first rank that finds another hung puts its verdict into the store, and all 
 the status, those on the machine of the hung rank kill it, all leave.
 """
 
+import datetime
 import faulthandler
 import json
 import os
@@ -22,6 +23,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+import torch
 
 from mistral_dist.errors import FAILED
 from mistral_dist.runtime import process
@@ -257,6 +260,14 @@ class Watch:
                 with suppress(ProcessLookupError):
                     os.kill(int(beat.process.partition(":")[0]), number)
             time.sleep(0.5)
+
+
+def board() -> torch.distributed.Store:
+    """A connection of its own to the store by which the ranks met: the main thread may wait in the other one."""
+    address, port = process.environment("MASTER_ADDR"), int(process.environment("MASTER_PORT"))
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=30), wait_for_workers=False)
+    attempt = process.environment("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"mistral-dist/{attempt}", store)
 
 
 def _key(rank: int) -> str:

@@ -15,7 +15,7 @@ OFFLOADS = ("device", "pin_memory")
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     """Micro-batches of each rank in a step. Raises RecipeError where there are more ranks than packs in a step."""
-    packs, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    packs, micro = recipe.train.global_batch_size, recipe.train.packs_per_forward
     if world_size > packs:
         raise RecipeError(
             f"train.global_batch_size={packs}: cannot be shared by {world_size} GPUs; use at most {packs} of them,"
@@ -47,9 +47,9 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, f
     """
     accumulation = accumulation_steps(recipe, world_size)
     decided = {
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.packs_per_forward,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": recipe.train.micro_batch_size * accumulation * world_size,
+        "train_batch_size": recipe.train.packs_per_forward * accumulation * world_size,
         "gradient_clipping": recipe.optim.max_grad_norm,
     }
     for key, value in decided.items():

@@ -3,5 +3,7 @@
 import os
 import sys
 
-if "FAULTS" in os.environ and "mistral_dist.train" in sys.orig_argv and not any("accelerate" in word for word in sys.orig_argv):
+WORKERS = {"mistral_dist.train", "mistral_dist.debug.worker"}
+
+if "FAULTS" in os.environ and WORKERS & set(sys.orig_argv) and not any("accelerate" in word for word in sys.orig_argv):
     import tests.faults.inject  # noqa: F401

@@ -178,15 +178,28 @@ def test_the_other_tasks_train_and_are_measured_by_their_loss(write_recipe: Writ
     assert done.returncode == 0, done.stderr
 
 
-def test_debug_mode_takes_twenty_steps_in_a_run_of_its_own(write_recipe: WriteRecipe) -> None:
-    recipe = write_recipe()
+def test_debug_mode_takes_twenty_steps_in_a_run_of_its_own_and_looks_at_them(write_recipe: WriteRecipe) -> None:
+    """Twice: the second removes what the first left, and the user's run is never touched."""
+    recipe = write_recipe(model={"dtype": "bfloat16"}, lora={"init_lora_weights": True}, train={"global_batch_size": 2})
+    run = run_dir(recipe)
+    run.mkdir(parents=True)
+    (run / "mine").touch()
+    debug = run.with_name(f"{run.name}-debug")
+    debug.mkdir()
+    (debug / "debug.jsonl").touch()
+    (debug / "of the last time").touch()
     done = subprocess.run(
         [str(ROOT / "launch/debug.sh"), str(recipe)], capture_output=True, text=True, check=False, cwd=ROOT, env=with_command()
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    run = run_dir(recipe)
-    assert not run.exists()
-    assert status(run.with_name(f"{run.name}-debug"))["step"] == 20
+    said = done.stdout.splitlines()
+    assert said[-1] == "single-GPU checks passed; NCCL not tested"
+    assert "   ok  resume: from checkpoint-10 in another process: the same adapter, moments, metrics and data order" in done.stdout
+    assert any(line.strip().startswith("⟦") for line in said), "targets are marked"
+    assert [path.name for path in run.iterdir()] == ["mine"]
+    assert f"in {debug}, which the next debug start removes" in said[0]
+    assert not (debug / "of the last time").exists()
+    assert status(debug)["step"] == status(debug / "resumed")["step"] == 20
 
 
 def with_command() -> dict[str, str]:

@@ -1,24 +1,43 @@
-"""What only an NVIDIA GPU can show. Skipped, with the reason, where there is none; unproven until it ran.
+"""What only an NVIDIA GPU can show, on one card. Skipped, with the reason, where there is none; unproven until it ran.
 
-make test-gpu        some minutes on one card; figures go to the output (-s)
+    make test-gpu        some fifteen launches and a few small models: under 10 minutes
+
+Memory and tokens/s go to build/gpu/figures.json, which is named at the end. Not here: two ranks on one card. NCCL refuses a
+card twice, and gloo has neither the reduce-scatter nor the all-gather of GPU tensors that ZeRO needs.
 """
 
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
+from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.stream import Batch, collate
+from mistral_dist.errors import MachineError
 from mistral_dist.loss import summed_loss
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention
+from tests import faults
 from tests.conftest import WriteRecipe
-from tests.launch import losses, metrics, mistral_dist, train, training, wait_for, workers
+from tests.launch import lines, losses, metrics, mistral_dist, run_dir, status, train, training, wait_for, workers
 
 pytestmark = pytest.mark.gpu
+
+GIB = 2**30
+CARD = torch.device("cuda")
+Figures = dict[str, Any]
+
+
+def available(attention: str) -> str:
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    return attention
 
 
 def example(length: int, seed: int) -> Encoded:
@@ -28,18 +47,16 @@ def example(length: int, seed: int) -> Encoded:
 
 def loss_and_gradients(model: Any, *examples: Encoded) -> tuple[float, torch.Tensor]:
     model.zero_grad()
-    loss = summed_loss(model, Batch(**collate(examples), ids=()).to(torch.device("cuda")))
+    loss = summed_loss(model, Batch(**collate(examples), ids=()).to(CARD))
     loss.backward()
-    return float(loss), torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(model).values()])
+    return float(loss.detach()), torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(model).values()])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 def test_packing_is_invisible(write_recipe: WriteRecipe, attention: str) -> None:
     """In bfloat16 to its rounding: a row's loss is the sum of its examples' losses."""
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16"])
-    model = build_trainable(recipe, torch.device("cuda"), attention).cuda()
+    model = build_trainable(recipe, CARD, available(attention)).cuda()
     examples = [example(length, length) for length in (33, 257, 90)]
     alone = [loss_and_gradients(model, one) for one in examples]
     packed, gradient = loss_and_gradients(model, *examples)
@@ -48,17 +65,64 @@ def test_packing_is_invisible(write_recipe: WriteRecipe, attention: str) -> None
     assert float((gradient - together).norm() / together.norm()) < 5e-2
 
 
+def test_flash_attention_computes_what_sdpa_computes(write_recipe: WriteRecipe) -> None:
+    """One packed row, same adapter: loss and gradients within bfloat16's rounding."""
+    recipe, row = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]), [example(length, length) for length in (300, 41, 170)]
+    found = {
+        name: loss_and_gradients(build_trainable(recipe, CARD, available(name)).cuda(), *row) for name in ("flash_attention_2", "sdpa")
+    }
+    (flash, flash_gradient), (sdpa, sdpa_gradient) = found.values()
+    assert flash == pytest.approx(sdpa, rel=5e-3)
+    assert float((flash_gradient - sdpa_gradient).norm() / sdpa_gradient.norm()) < 5e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nf4_on_the_card(write_recipe: WriteRecipe, dtype: str) -> None:
+    """Built into the cache and read from it, the same bytes; a layer computes with the weights that its bytes mean; 4 bits and a bit."""
+    model = Recipe.load(write_recipe(), [f"model.dtype={dtype}"]).model
+    built, kept = load_base(model, CARD, "sdpa"), load_base(model, CARD, "sdpa")
+    layers = {name: module for name, module in built.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert layers
+    for name, layer in layers.items():
+        again = kept.get_submodule(name).weight
+        assert layer.weight.device.type == again.device.type == "cuda"
+        assert torch.equal(layer.weight.data.view(torch.uint8), again.data.view(torch.uint8)), name
+        assert layer.weight.data.numel() * layer.weight.data.element_size() == layer.in_features * layer.out_features // 2
+    layer = layers["model.layers.1.mlp.down_proj"]
+    given = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0)).to(CARD, getattr(torch, dtype))
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(given.dtype)
+    wanted = given.double() @ weight.double().T
+    error = float((layer(given).double() - wanted).norm() / wanted.norm())
+    assert error < {"bfloat16": 1e-2, "float32": 2e-3}[dtype], error
+
+
+def test_a_card_without_bfloat16_is_refused_by_name(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]).model
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert compute_dtype(model, CARD) == torch.bfloat16
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    with pytest.raises(MachineError, match=re.escape(torch.cuda.get_device_name())):
+        compute_dtype(model, CARD)
+
+
 def test_attention_auto_takes_flash_attention_where_it_is(write_recipe: WriteRecipe) -> None:
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     model = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]).model
-    assert choose_attention(model, torch.device("cuda")) == "flash_attention_2"
+    assert choose_attention(model, CARD) == "flash_attention_2"
+
+
+@pytest.fixture(scope="module")
+def without_zero(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A recipe in float32, and the losses of its 20 steps without ZeRO."""
+    folder = tmp_path_factory.mktemp("zero")
+    recipe = recipe_writer(folder)(train={"steps": 20, "global_batch_size": 4})
+    assert mistral_dist("prepare", recipe).returncode == 0
+    return recipe, losses(train(recipe, folder / "alone", processes=1, zero=0))
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3, "2+offload", "3+offload"])
-def test_zero_on_one_card_learns_what_no_zero_learns(write_recipe: WriteRecipe, tmp_path: Path, zero: int | str) -> None:
-    recipe = write_recipe(train={"steps": 20, "global_batch_size": 4})
-    assert mistral_dist("prepare", recipe).returncode == 0
-    alone = losses(train(recipe, tmp_path / "alone", processes=1, zero=0))
+def test_zero_on_one_card_learns_what_no_zero_learns(without_zero: tuple[Path, list[float]], tmp_path: Path, zero: int | str) -> None:
+    recipe, alone = without_zero
     shared = losses(train(recipe, tmp_path / "shared", processes=1, zero=zero))
     assert max(abs(a - b) for a, b in zip(alone, shared, strict=True)) < 1e-3
 
@@ -76,10 +140,95 @@ def test_a_killed_deterministic_run_ends_with_the_same_bits(write_recipe: WriteR
     assert (run / file).read_bytes() == (wanted / file).read_bytes()
 
 
-def test_speed_and_memory_are_reported(write_recipe: WriteRecipe) -> None:
-    """No bound, since cards differ: the figures of the full small model on long packs, for the record."""
-    recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16", "data.max_length=2048"])
-    model = build_trainable(recipe, torch.device("cuda"), choose_attention(recipe.model, torch.device("cuda"))).cuda()
+# memory
+
+
+@pytest.fixture(scope="module")
+def heavy(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory, texts: list[dict[str, str]]) -> Path:
+    """16 packs of 1,024 tokens a step, each token a target: their logits, as numbers of 2 and 4 bytes, take some 0.5 GB a pack."""
+    folder = tmp_path_factory.mktemp("heavy")
+    rows: list[dict[str, object]] = [{"text": " ".join(row["text"] for row in (texts * 2)[n : n + 100])} for n in range(200)]
+    train = {"steps": 2, "epochs": 9, "global_batch_size": 16, "gradient_checkpointing": True}
+    task = {"kind": "pretrain", "labels": [], "system": None}
+    data = {"sources": [{"path": str(folder / "heavy.jsonl")}], "max_length": 1024, "near_duplicates": None}
+    recipe = recipe_writer(folder)("heavy", rows, task=task, data=data, model={"dtype": "bfloat16"}, train=train)
+    assert mistral_dist("prepare", recipe).returncode == 0
+    return recipe
+
+
+SMALL_CARD = faults.environment(card_bytes=5 * GIB)
+"""The allocator refuses what goes beyond, as a card of that size does."""
+
+
+def needs_room() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 8 * GIB:
+        pytest.skip("the card has less than 8 GiB")
+
+
+def test_no_memory_is_explained(heavy: Path, tmp_path: Path) -> None:
+    needs_room()
+    run = tmp_path / "run"
+    words = ["train", heavy, f"run.dir={run}", "train.micro_batch_size=16", "--processes", "1"]
+    done = mistral_dist(*words, **SMALL_CARD)
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = status(run)["message"]
+    assert re.search(r"^rank 0 on \S+ ran out of GPU memory in step 1, micro-step 1, (forward|backward): ", told), told
+    for part in ("frozen base", "adapter", "activations and the rest", "tokens. Go on with train.micro_batch_size=8; or start a new run"):
+        assert part in told
+
+
+def test_the_largest_micro_batch_that_fits_is_found(heavy: Path, tmp_path: Path, figures: Figures) -> None:
+    """On a card of 5 GiB, then on all of this one; the run goes through with it, and learns what one pack at a time learns."""
+    needs_room()
+    found = {}
+    for name, limit in (("5 GiB", SMALL_CARD), ("whole", {})):
+        run = train(heavy, tmp_path / name[:1], "train.micro_batch_size=auto", processes=1, zero=0, **limit)
+        (line,) = re.findall(r"train\.micro_batch_size=auto: .*", (run / "log.txt").read_text())
+        found[name] = int(re.match(r"\D*=auto: (\d+)", line)[1])  # type: ignore[index]
+        figures[f"micro_batch_size: auto, {name}"] = {
+            "found": line,
+            "peak_gib": round(lines(run / "metrics.jsonl")[-1]["memory_bytes"] / GIB, 2),
+            "losses": losses(run),
+        }
+    assert 1 <= found["5 GiB"] < 16
+    assert found["5 GiB"] <= found["whole"] <= 16
+    one = losses(train(heavy, tmp_path / "one", "train.micro_batch_size=1", processes=1, zero=0))
+    assert losses(tmp_path / "w") == pytest.approx(one, rel=5e-3)
+    assert losses(tmp_path / "5") == pytest.approx(one, rel=5e-3)
+
+
+# the debug mode
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_debug_mode_passes(write_recipe: WriteRecipe, deterministic: bool, figures: Figures) -> None:
+    sections = {"model": {"dtype": "bfloat16"}, "lora": {"init_lora_weights": True}}
+    recipe = write_recipe(**sections, train={"global_batch_size": 4, "deterministic": deterministic})
+    done = mistral_dist("train", recipe, "--debug")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.splitlines()
+    assert said[-1] == "single-GPU checks passed; NCCL not tested"
+    assert "there is no GPU here" not in done.stdout
+    (resumed,) = [line for line in said if "ok  resume: " in line]
+    assert ("to the bit" if deterministic else "to rounding") in resumed
+    debug = run_dir(recipe).with_name(f"{run_dir(recipe).name}-debug")
+    memory = next(entry for entry in lines(debug / "debug.jsonl") if entry["what"] == "memory")
+    figures[f"debug mode, {'deterministic' if deterministic else 'any kernels'}"] = {
+        "resume": resumed.strip(),
+        "memory": [memory["told"], *memory["lines"]],
+        "tokens_per_second": [entry["tokens_per_second"] for entry in lines(debug / "metrics.jsonl")][5:],
+    }
+
+
+# speed
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
+def test_speed_and_memory_are_reported(write_recipe: WriteRecipe, attention: str, checkpointing: bool, figures: Figures) -> None:
+    """No bound, since cards differ: the figures of the small model on long packs, for the record."""
+    recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16", f"train.gradient_checkpointing={str(checkpointing).lower()}"])
+    model = build_trainable(recipe, CARD, available(attention)).cuda()
     row = [example(length, length) for length in (1024, 700, 300)]
     loss_and_gradients(model, *row)
     torch.cuda.reset_peak_memory_stats()
@@ -90,5 +239,7 @@ def test_speed_and_memory_are_reported(write_recipe: WriteRecipe) -> None:
     torch.cuda.synchronize()
     speed = 10 * sum(len(one.ids) for one in row) / (time.monotonic() - started)
     peak = torch.cuda.max_memory_allocated()
-    print(f"\n{torch.cuda.get_device_name()}: {speed:,.0f} tokens/s, peak {peak / 2**30:.2f} GiB (3 layers of 135M)")
-    assert peak > 0
+    figures[f"3 layers of a 135M, {attention}{', checkpointing' if checkpointing else ''}"] = {
+        "tokens_per_second": round(speed), "peak_gib": round(peak / GIB, 2),
+    }  # fmt: skip
+    assert peak > sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

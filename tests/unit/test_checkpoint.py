@@ -178,7 +178,7 @@ def test_there_is_always_a_checkpoint_that_is_old_enough_to_go_back_to(every: in
             assert step - old <= 2 * (reach + every)
         if step % every == 0:
             kept.add(step)
-            kept -= to_drop(dict.fromkeys(kept), step, rules, reach)
+            kept -= to_drop({at: Noted() for at in kept}, step, rules, reach)
             assert len(kept) <= last + 2
 
 
