@@ -12,7 +12,7 @@ from mistral_dist.errors import RecipeError
 from mistral_dist.loss import summed_loss
 from mistral_dist.micro_batch import Found, fullest, largest, sizes, told
 from mistral_dist.model import adapter_parameters, build_trainable
-from mistral_dist.runtime.engine import accumulation_steps, resolve_deepspeed
+from mistral_dist.runtime.zero import accumulation_steps, resolve_deepspeed
 from tests.conftest import WriteRecipe
 from tests.unit.test_runtime import ZERO2, recipe
 from tests.unit.test_stream import Numbered
