@@ -23,6 +23,7 @@ import torch
 from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Lora, Model, Recipe
 from mistral_dist.errors import MachineError, ModelError
+from mistral_dist.linear4bit import let_go_of_weights
 
 
 def choose_attention(model: Model, device: torch.device) -> str:
@@ -145,8 +146,10 @@ def packed_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def frozen_base(model: Model, device: torch.device, attention: str) -> Any:
-    """The base as everything here uses it: under autocast in bfloat16."""
-    return _computing_in(load_base(model, device, attention), compute_dtype(model, device), device)
+    """The base as everything here uses it: under autocast in bfloat16, and no weight held that ZeRO-3 wants to free."""
+    base = load_base(model, device, attention)
+    let_go_of_weights(base)
+    return _computing_in(base, compute_dtype(model, device), device)
 
 
 def _computing_in(base: Any, dtype: torch.dtype, device: torch.device) -> Any:
