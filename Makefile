@@ -27,7 +27,7 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu tests/gpu
 
 faults: $(VENV)/installed-dev
-	$(BIN)/pytest -m fault --fault-table docs/faults.md tests/dist
+	$(BIN)/pytest -n 2 --dist worksteal -m fault --fault-table docs/faults.md tests/dist
 
 SEED ?= 0
 KILLS ?= 20

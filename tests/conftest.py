@@ -29,22 +29,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", type=Path, help="write what the tests with a fault showed to this file")
 
 
-FAULTS = pytest.StashKey[list[tuple[tuple[str, str, str, tuple[int, ...]], bool]]]()
+FOUND: list[tuple[fault_table.Mark, bool]] = []
+"""Of each test with a fault, what its mark says and whether it passed."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    row = fault_table.row_of(item)
-    if row is not None and not report.skipped and (report.when == "call" or report.failed):
-        item.config.stash.setdefault(FAULTS, []).append((row, report.passed))
+    mark = fault_table.mark_of(item)
+    if mark is not None and not report.skipped and (report.when == "call" or report.failed):
+        report.user_properties.append(("fault", tuple(mark)))  # plain, to travel to the process that writes the table
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    FOUND.extend((fault_table.Mark(*mark), report.passed) for name, mark in report.user_properties if name == "fault")  # type: ignore[misc]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--fault-table")
-    if file is not None:
-        file.write_text(fault_table.table(session.config.stash.get(FAULTS, [])))
+    if file is not None and not hasattr(session.config, "workerinput"):
+        file.write_text(fault_table.table(FOUND))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ stage it has no `zero`, its parameter of that name tells.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -39,8 +39,17 @@ class Row:
         return f"| {self.fault} | {self.outcome} | {cells} | `{self.test}` |"
 
 
-def row_of(item: pytest.Item) -> tuple[str, str, str, tuple[int, ...]] | None:
-    """What a test's mark says: fault, outcome, test, stages; None for a test without a fault."""
+class Mark(NamedTuple):
+    """What a test says of its fault."""
+
+    fault: str
+    outcome: str
+    test: str
+    stages: tuple[int, ...]
+
+
+def mark_of(item: pytest.Item) -> Mark | None:
+    """None for a test without a fault."""
     mark = item.get_closest_marker("fault")
     if mark is None:
         return None
@@ -48,14 +57,14 @@ def row_of(item: pytest.Item) -> tuple[str, str, str, tuple[int, ...]] | None:
     parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
     stages = mark.kwargs.get("zero") or (parameters["zero"],)
     file, _, name = item.nodeid.partition("::")
-    return fault, outcome, f"{Path(file).name}::{name.partition('[')[0]}", tuple(stages)
+    return Mark(fault, outcome, f"{Path(file).name}::{name.partition('[')[0]}", tuple(stages))
 
 
-def table(results: Iterable[tuple[tuple[str, str, str, tuple[int, ...]], bool]]) -> str:
+def table(results: Iterable[tuple[Mark, bool]]) -> str:
     """The page; `results`: of each test with a mark, what the mark says and whether it passed."""
     rows: dict[tuple[str, str], Row] = {}
     for (fault, outcome, test, stages), passed in results:
         row = rows.setdefault((fault, test), Row(fault, outcome, test))
         for stage in (int(str(stage)[0]) for stage in stages):  # "2+offload" is seen to hold under ZeRO-2
             row.seen[stage] = row.seen.get(stage, True) and passed
-    return HEAD + "".join(f"{row}\n" for row in rows.values())
+    return HEAD + "".join(f"{row}\n" for row in sorted(rows.values(), key=lambda row: (row.test, row.fault)))
