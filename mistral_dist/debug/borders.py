@@ -11,9 +11,10 @@ from mistral_dist.data.stream import Batch, collate
 from mistral_dist.debug.findings import Finding
 from mistral_dist.loss import summed_loss
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Nats per target, for losses up to 5; for a larger one its share. The same tokens in a row of another length are added up in another
-order, which rounds differently: float32 keeps 24 bits, bfloat16 8, so that a logit of 16 is known in steps of 0.06."""
+order, which rounds differently: float32 keeps 24 bits, bfloat16 8, so that a logit of 16 is known in steps of 0.06, after each layer.
+Measured in bfloat16: 0.02 with 3 layers, 0.12 with 30."""
 
 
 def borders(model: Any, examples: Sequence[Encoded], device: torch.device, dtype: torch.dtype) -> Finding:
