@@ -94,6 +94,7 @@ DECIDES = [
     "train.eval_steps=2",
     "train.early_stopping_patience=2",
     "train.load_best_model_at_end=true",
+    "train.max_rewinds=0",  # so that no checkpoint is kept to go back to
     "optim.learning_rate=8e-2",
     "optim.warmup_ratio=0",
     "checkpoint.save_steps=5",
