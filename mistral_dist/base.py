@@ -16,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 import transformers
 import xxhash
-from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -32,6 +30,7 @@ from mistral_dist.config import Model
 from mistral_dist.errors import MachineError, MistralDistError, ModelError
 from mistral_dist.hub import local_path
 from mistral_dist.runtime import process
+from mistral_dist.uncompiled import bnb
 
 SLICE = 1 << 18
 """Values that are quantized at once, a multiple of every block: temporaries of 1 MB each. A whole weight of a 7B would take
@@ -115,13 +114,13 @@ def quantize(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> 
     scales = []
     for start in range(0, flat.numel(), SLICE):
         part = flat[start : start + SLICE].to(device=device, dtype=dtype)
-        codes, state = quantize_4bit(part, blocksize=SETTINGS["blocksize"], quant_type=SETTINGS["quant_type"])
+        codes, state = bnb.functional.quantize_4bit(part, blocksize=SETTINGS["blocksize"], quant_type=SETTINGS["quant_type"])
         packed[start // 2 : start // 2 + len(codes)] = codes[:, 0]
         scales.append(state.absmax)
     absmax = torch.cat(scales)
     offset = absmax.mean()
-    absmax, state2 = quantize_blockwise(absmax - offset, blocksize=256)
-    whole = QuantState(absmax, weight.shape, state.code, state.blocksize, state.quant_type, dtype, offset, state2)
+    absmax, state2 = bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
+    whole = bnb.functional.QuantState(absmax, weight.shape, state.code, state.blocksize, state.quant_type, dtype, offset, state2)
     parts = {f"weight.{name}": part for name, part in whole.as_dict(packed=True).items()}
     return {"weight": packed.view(dtype).unsqueeze(1), **parts}
 

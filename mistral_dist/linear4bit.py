@@ -7,9 +7,9 @@ its forward (measured: 6 GB a rank). Here the backward asks the layer, whose wei
 
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit
+
+from mistral_dist.uncompiled import bnb
 
 
 class Linear4bit(bnb.nn.Linear4bit):
@@ -32,7 +32,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         packed: Any = ctx.layer.weight
         gradient = gradients[0].to(ctx.layer.compute_dtype or ctx.dtype)
-        weight = dequantize_4bit(packed.data.view(-1, 1), packed.quant_state).to(gradient.dtype)
+        weight = bnb.functional.dequantize_4bit(packed.data.view(-1, 1), packed.quant_state).to(gradient.dtype)
         return (gradient @ weight).to(ctx.dtype), None
 
 

@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
-import peft
 import torch
+
+from mistral_dist.uncompiled import bnb  # before PEFT
+
+# isort: split
+import peft
 
 from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Lora, Model, Recipe

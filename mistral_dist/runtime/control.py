@@ -1,9 +1,9 @@
 """Leaving together: what asks a rank to stop, and how all ranks come to know it at the same place.
 
-A rank may be asked by a signal, or by the clock (train.max_seconds). Each micro-step begins with one all-reduce of a single
-integer on a process group of its own (gloo, on the CPU), whose result is read at the beginning of the next: it costs 0.4 ms
-(median, two ranks on two busy cores), waits for no GPU, and never for a rank that is less than a micro-step behind. So a
-request is known to all ranks when they have finished the micro-step that follows the one in which it came.
+A rank may be asked by a signal, or by the clock (train.max_seconds). Before each forward and before each backward stands one
+all-reduce of a single integer on a process group of its own (gloo, on the CPU), whose result is read at the next: it costs 0.4 ms
+(median, two ranks on two busy cores), waits for no GPU, and never for a rank that is less than half a micro-step behind. So a
+request that comes in a forward is known to all ranks after the backward, and one that comes in a backward after the next forward.
 """
 
 import datetime
@@ -32,20 +32,20 @@ class Deadline:
         self._longest = 0.0
 
     def lap(self) -> None:
-        """A micro-step begins."""
+        """A forward or a backward begins."""
         now = self._clock()
         if self._last is not None:
             self._longest = max(self._longest, now - self._last)
         self._last = now
 
     def rest(self) -> None:
-        """What comes now is no micro-step."""
+        """What comes now is neither."""
         self._last = None
 
     def is_over(self, save: float | None, saves: int = 1) -> bool:
         """Whether it is time to stop; `save`: seconds that the longest save took; `saves`: how many are still to be waited for.
 
-        Two micro-steps are reserved beside them: the one in which the time ends and the one that follows.
+        Twice the longest lap is reserved beside them: that in which the time ends and the one that follows.
         """
         if self._seconds is None:
             return False
@@ -63,7 +63,7 @@ class Control:
         self._pending: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
 
     def check(self, save: float | None = None, saves: int = 1) -> None:
-        """At the beginning of a micro-step. Raises StopAgreed where any rank was asked before its last micro-step began.
+        """Before a forward or a backward. Raises StopAgreed where any rank was asked before it last came here.
 
         `save`, `saves`: as for `Deadline.is_over`.
         """

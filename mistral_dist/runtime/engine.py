@@ -113,7 +113,7 @@ class Runtime:
         self._control.agree(self._save_seconds, 1 + self.is_writing())
 
     def check_stop(self) -> None:
-        """Where ranks work without exchanging anything, say between two batches of an evaluation: as each micro-step does.
+        """Where ranks work without exchanging anything: before each forward and backward, between two batches of an evaluation.
 
         Raises StopAgreed where any rank was asked before it last came here. Waits for nobody who is less than one call behind.
         """
@@ -184,6 +184,7 @@ class Runtime:
         updates and zeroes.
         """
         self._pace.end()
+        self.check_stop()
         self.at("backward", self.place.step, self.place.micro)
         self._accelerator.backward(loss * (self.world_size * self._accumulation))
 

@@ -235,6 +235,12 @@ def test_a_mistyped_recipe_need_not_wait_for_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_worker_need_not_wait_for_the_compiler() -> None:
+    code = "import sys, mistral_dist.train, torch; print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "torch"]
+
+
 @pytest.mark.parametrize(
     ("words", "shown"),
     [(["train", "--nope"], "--nope"), (["train"], "RECIPE"), (["nope"], "nope"), (["train", "r.yaml", "--zero", "4"], "--zero")],

@@ -276,7 +276,7 @@ def test_a_line_can_be_typed_as_it_is_shown() -> None:
         "accelerate launch --config_file 'configs/my accelerate.yaml' --num_processes 2 --deepspeed_config_file zero2.json"
         " --main_process_port 0 -m mistral_dist.train r.yaml 'task.prompt=a b'"
     )
-    assert shlex.split(str(line)) == ["accelerate", *line.arguments()]
+    assert shlex.split(str(line)) == ["accelerate", "launch", *line.arguments()]
 
 
 def test_a_line_without_zero_names_no_deepspeed() -> None:
@@ -287,7 +287,7 @@ def test_a_line_is_one_that_accelerate_understands() -> None:
     from accelerate.commands.launch import launch_command_parser
 
     line = Line(Path("c.yaml"), "mistral_dist.train", ("r.yaml", "a.b=1"), 3, deepspeed=Path("z.json"))
-    found = launch_command_parser().parse_args(line.arguments()[1:])
+    found = launch_command_parser().parse_args(line.arguments())
     assert (found.config_file, found.num_processes, found.deepspeed_config_file, found.main_process_port) == ("c.yaml", 3, "z.json", 0)
     assert (found.module, found.training_script, found.training_script_args) == (True, "mistral_dist.train", ["r.yaml", "a.b=1"])
 
