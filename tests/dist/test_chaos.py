@@ -27,7 +27,11 @@ A_LIFE = 4
 STEPS = (A_LIFE + 4) * KILLS + 6
 """A group makes a few more before the kill comes."""
 BFLOAT16 = "model.dtype=bfloat16"
+ROWS = 60
+"""So few that even three kills see two epochs."""
 TOPOLOGIES = [(1, 0), *((processes, zero) for processes in (1, 2, 3, 4) for zero in (1, 2, 3, "2+offload", "3+offload"))]
+
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(300 + 120 * KILLS)]
 
 
 def kill_at_random(rng: random.Random, run: Path, started: int) -> str:
@@ -61,15 +65,16 @@ def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: list[t
 
 
 @pytest.fixture
-def recipe(write_recipe: WriteRecipe) -> Path:
+def recipe(write_recipe: WriteRecipe, texts: list[dict[str, str]]) -> Path:
     recipe = write_recipe(
-        train={"steps": STEPS, "epochs": 40, "global_batch_size": 4, "gradient_checkpointing": False}, checkpoint={"save_steps": SAVE_EVERY}
+        rows=texts[:ROWS],
+        train={"steps": STEPS, "epochs": 40, "global_batch_size": 4, "gradient_checkpointing": False},
+        checkpoint={"save_steps": SAVE_EVERY},
     )
     assert mistral_dist("prepare", recipe).returncode == 0
     return recipe
 
 
-@pytest.mark.matrix
 @pytest.mark.fault(
     "killed at random moments, again and again, on other machines",
     "each example once an epoch; float32 losses within 1e-3",
@@ -82,14 +87,13 @@ def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
     train(recipe, run, processes=2, zero=2)
     order = lines(run / "data_order.jsonl")
     assert order == lines(straight / "data_order.jsonl")
-    each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe), at_least=0)
+    each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe))
     assert [entry["step"] for entry in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     worst = max(abs(a - b) for a, b in zip(losses(run), losses(straight), strict=True))
     print(f"seed {SEED}, {KILLS} kills in {STEPS} steps ({dict(met)}): losses within {worst:.1e} of the run never killed")
     assert worst <= 1e-3
 
 
-@pytest.mark.matrix
 @pytest.mark.fault("killed again and again, at random moments, on the same machines", "every bit equal, in bfloat16", zero=(2,))
 def test_on_the_same_machines(recipe: Path, tmp_path: Path) -> None:
     """ZeRO-2 x 2 in bfloat16: the same bits."""
