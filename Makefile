@@ -1,9 +1,9 @@
 # make demo      from nothing to a fine-tuned, evaluated model (installs first)
-# make test      everything that can be checked on this machine (installs first)
+# make test      everything but the repetitions of `make faults` and `make chaos`, on the CPU (installs first)
 # make install   the environment alone, in .venv
 # make check     formatting, lint, types, layers
 # make bench     how fast the data are: encoding, the plan, `prepare`; what going on and saving cost (some 10 minutes)
-# make faults    every fault under every ZeRO stage; writes docs/faults.md (some 40 minutes)
+# make faults    every fault under every ZeRO stage, and what else takes long; writes docs/faults.md (some 50 minutes)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
 # make test-gpu  the tests that need an NVIDIA GPU (one card, under 10 minutes; figures in build/gpu)
@@ -21,18 +21,18 @@ demo: $(VENV)/installed
 
 # Two files at a time, in their order: the tests with processes of their own, which take longest, come first.
 test: $(VENV)/installed-dev check
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed-dev
-	$(BIN)/pytest -m gpu tests/gpu
+	$(BIN)/pytest -W default -m gpu tests/gpu
 
 faults: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist worksteal -m fault --fault-table docs/faults.md tests/dist
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal -m "fault or matrix" --fault-table docs/faults.md tests/dist
 
 SEED ?= 0
 KILLS ?= 20
 chaos: $(VENV)/installed-dev
-	SEED=$(SEED) KILLS=$(KILLS) $(BIN)/pytest -s -m matrix tests/dist/test_chaos.py
+	CUDA_VISIBLE_DEVICES= SEED=$(SEED) KILLS=$(KILLS) $(BIN)/pytest -s -m matrix tests/dist/test_chaos.py
 
 bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/encode.py

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_dist.errors import FAILED, WRONG_INPUT, MistralDistError
+from mistral_dist.errors import FAILED, WRONG_INPUT, MistralDistError, RecipeError
 from mistral_dist.runtime.process import quiet_libraries
 
 app = typer.Typer(
@@ -122,7 +122,9 @@ def train(
     ] = False,
     config_file: Annotated[Path | None, typer.Option(help="An accelerate config of your own")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start anew")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="20 steps in one process, looked at from all sides, in RUN-debug")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="20 steps in one process without ZeRO, looked at from all sides, in RUN-debug")
+    ] = False,
 ) -> None:
     """Train, or go on from the last good checkpoint, on all visible GPUs; prepares the data if needed."""
     from mistral_dist.config import Recipe
@@ -133,6 +135,10 @@ def train(
     if debug:
         from mistral_dist.debug.mode import start_debug
 
+        if processes is not None or zero is not None or offload or config_file is not None or fresh:
+            raise RecipeError(
+                "--debug: one process without ZeRO, always begun anew; no --gpus, --zero, --offload, --config-file or --fresh"
+            )
         raise typer.Exit(start_debug(recipe_file, words))
     code = start_training(
         recipe, [str(recipe_file), *words], processes=processes, zero=zero, offload=offload, config=config_file, fresh=fresh

@@ -68,8 +68,8 @@ class Source(Section):
     """One place that rows come from: files, here or remote, or a data set of the hub."""
 
     path: str | None = None
-    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md; also .gz, .zst), a folder or a pattern of such files, or a URL
-    (https://..., s3://..., hf://...)."""
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md; also .gz, .zst, .xz, .bz2), a folder or a pattern of such
+    files, or a URL (https://..., s3://..., hf://...)."""
     name: str | None = None
     """A data set on the Hugging Face hub."""
     subset: str | None = None

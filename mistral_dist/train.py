@@ -45,14 +45,19 @@ def train(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> int:
     except StopAgreed as asked:
         return end_before_start(runtime, run, asked)
 
+    stopped = ""
     try:
         while not session.is_finished():
             train_on(session)
     except StopAgreed as asked:
+        # its words alone: it holds all that the forward has made, for which there may be no room beside a save
+        stopped = str(asked)
+
+    if stopped:
         # in the middle of a step, which is not made: it will be done again
-        session.say(f"stopping {asked}; left off at {runtime.place}")
+        session.say(f"stopping {stopped}; left off at {runtime.place}")
         session.save(last=True)
-        return end(session, STOPPED, str(asked))
+        return end(session, STOPPED, stopped)
 
     session.save(last=True)
     return end(session, FINISHED, publish(session, encoder.tokenizer))

@@ -70,7 +70,8 @@ def _look_and_train(session: Session, encoder: Encoder, note: Any) -> None:
         warnings.simplefilter("always")
         try:
             with torch.autograd.detect_anomaly(check_nan=True):
-                train_on(session)
+                while not session.is_finished():
+                    train_on(session)
         except RuntimeError as error:
             place, micro = session.runtime.place, session.runtime.place.micro or 1
             found = anomaly(error, str(place), [str(one.message) for one in told], model, coming(session).batches[micro - 1].to(device))

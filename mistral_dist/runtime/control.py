@@ -17,7 +17,7 @@ from mistral_dist.errors import StopAgreed
 from mistral_dist.runtime.process import StopRequest
 
 TIME_IS_OVER = 1
-"""In place of a signal's number, and below those that are handled: a signal says more."""
+"""Below what stands for a signal, which says more: its number and this."""
 SAVE_FLOOR = 30.0
 """Seconds kept for a save before one was measured; a tenth of the whole where that is less."""
 
@@ -85,7 +85,9 @@ class Control:
         self._read()
 
     def _post(self, save: float | None, saves: int) -> None:
-        asked = int(self._stop.signal) if self._stop.signal is not None else TIME_IS_OVER if self.deadline.is_over(save, saves) else 0
+        asked = TIME_IS_OVER if self.deadline.is_over(save, saves) else 0
+        if self._stop.signal is not None:
+            asked = TIME_IS_OVER + int(self._stop.signal)
         flag = torch.tensor([asked], dtype=torch.int32)
         work = None
         if self._group is not None:
@@ -102,4 +104,6 @@ class Control:
 
     def _refuse(self, asked: int) -> None:
         if asked:
-            raise StopAgreed("by train.max_seconds" if asked == TIME_IS_OVER else f"on request ({signal.Signals(asked).name})")
+            raise StopAgreed(
+                "by train.max_seconds" if asked == TIME_IS_OVER else f"on request ({signal.Signals(asked - TIME_IS_OVER).name})"
+            )

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHER = "MISTRAL_DIST_LAUNCHER"
 """The `identity` of the `mistral-dist` process that started a worker."""
 
@@ -132,7 +132,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS if not self._before else ():
-            self._before[number] = signal.signal(number, self._remember)
+            # under nohup the end of the terminal is to be ignored
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -180,6 +180,8 @@ class Watch:
         self._over = threading.Event()
         self._stacks = stacks / f"rank-{rank}.txt"
         stacks.mkdir(parents=True, exist_ok=True)
+        if self._stacks.is_file() and self._stacks.stat().st_size:  # of the launch before, which somebody may still want to read
+            self._stacks.replace(stacks / f"rank-{rank}-before.txt")
         self._file = open(self._stacks, "w", encoding="utf-8")  # noqa: SIM115 - open for as long as it may be needed
         # answered by the signal handler itself, even where the main thread is deep in a library
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)

@@ -60,6 +60,14 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, f
     return {**config, **decided}
 
 
+CHANGES_NUMBERS = {
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
+    *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zeropp_loco_param"),
+    *("compression_training", "quantize_training", "progressive_layer_drop", "curriculum_learning", "data_efficiency"),
+}
+"""What DeepSpeed offers to round, leave out or reorder."""
+
+
 def _refused_in_deepspeed(config: dict[str, Any]) -> Iterator[str]:
     """What a DeepSpeed configuration must not say, in words."""
     for key in ("bf16", "fp16", "torch_autocast", "amp"):
@@ -69,6 +77,9 @@ def _refused_in_deepspeed(config: dict[str, Any]) -> Iterator[str]:
         if key in config:
             yield f"{key} is the recipe's to decide; remove the section"
     zero = config.get("zero_optimization", {})
+    for section, place in ((config, ""), (zero, "zero_optimization.")):
+        for key in sorted(section.keys() & CHANGES_NUMBERS):
+            yield f"{place}{key} changes what is learned; remove it"
     if zero.get("stage") not in (1, 2, 3):
         yield "zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml"
     yield from _refused_in_offload(config, zero)

@@ -105,6 +105,12 @@ def test_more_processes_than_packs(write_recipe: WriteRecipe) -> None:
     assert "train.global_batch_size=4: cannot be shared by 5 processes" in line
 
 
+@pytest.mark.parametrize("words", [["--zero", "2"], ["--gpus", "2"], ["--fresh"]])
+def test_what_the_debug_mode_would_ignore(write_recipe: WriteRecipe, words: list[str]) -> None:
+    line = refused("mistral-dist", write_recipe(), "--debug", *words)
+    assert "--debug: one process without ZeRO, always begun anew; no --gpus" in line
+
+
 def test_a_bare_accelerate_launch_names_the_command_that_is_missing(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe()
     done = subprocess.run(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def test_a_precision_that_is_switched_off_may_stand() -> None:
     assert resolve_deepspeed({**ZERO2, "fp16": {"enabled": False}}, recipe(), 2)["fp16"] == {"enabled": False}
 
 
+@pytest.mark.parametrize("key", ["communication_data_type", "zero_optimization.zero_quantized_gradients"])
+def test_what_would_round_gradients_is_refused(key: str) -> None:
+    section, _, name = key.rpartition(".")
+    config = {**ZERO2, section: {**ZERO2[section], name: True}} if section else {**ZERO2, name: "bf16"}
+    with pytest.raises(MachineError, match=f"mine.json: {key} changes what is learned; remove it"):
+        resolve_deepspeed(config, recipe(), 2, "mine.json")
+
+
 @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
 def test_what_the_recipe_decides_is_refused(key: str) -> None:
     with pytest.raises(MachineError, match=f"mine.json: {key} is the recipe's to decide"):
@@ -228,12 +237,30 @@ def test_what_the_user_has_set_in_the_environment_stays(monkeypatch: pytest.Monk
 # signals
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Signals as under a terminal, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
+@pytest.mark.usefixtures("terminal")
 def test_a_stop_signal_is_remembered(number: signal.Signals) -> None:
     with StopRequest() as stop:
         assert stop.signal is None
         os.kill(os.getpid(), number)
         assert stop.signal is number
+
+
+@pytest.mark.usefixtures("terminal")
+def test_under_nohup_a_terminal_may_close() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal is None
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_the_first_signal_is_the_one_that_counts() -> None:
@@ -243,6 +270,7 @@ def test_the_first_signal_is_the_one_that_counts() -> None:
         assert stop.signal is signal.SIGUSR1
 
 
+@pytest.mark.usefixtures("terminal")
 def test_the_handlers_that_were_there_are_there_again() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _frame: heard.append(number))

@@ -20,7 +20,7 @@ from mistral_dist.runtime.drift import code_fingerprint, drift, recipe_facts
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory
 from mistral_dist.runtime.process import StopRequest
-from mistral_dist.runtime.watch import VALIDATION, Beat, Place, Seen, hung, sentence, slow
+from mistral_dist.runtime.watch import VALIDATION, Beat, Place, Seen, Watch, hung, sentence, slow
 from tests.launch import ROOT
 
 
@@ -299,6 +299,16 @@ in_a_library()
     assert "rank 1 (process" in (tmp_path / "reported-by-0").read_text()
     for rank in (0, 1):
         assert "in_a_library" in (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
+
+
+def test_the_stacks_of_the_launch_before_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.txt").write_text("Thread 1")
+    watch = Watch(
+        0, 1, torch.distributed.HashStore(), 60.0,
+        place=lambda: Place(0, "forward", 1, 1), pace=lambda: None, stacks=tmp_path, report=print, say=print,
+    )  # fmt: skip
+    watch.close()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"rank-0-before.txt": "Thread 1"}
 
 
 # ranks that differ
