@@ -262,10 +262,11 @@ class Session:
         def look() -> Path | None:
             sweep(self.run.checkpoints)
             found, damaged = checkpoint.latest_good(self.run.checkpoints)
-            for line in damaged:
-                self.say(line)
             if damaged and found is None:
-                raise RunError(f"{self.run.path}: no checkpoint is whole ({'; '.join(damaged)}); start anew with --fresh, or restore one")
+                ways_out = "restore one, or start anew with --fresh"
+                raise RunError(f"{self.run.checkpoints}: no checkpoint is whole ({'; '.join(damaged)}); {ways_out}")
+            for line in damaged:
+                self.say(f"{line}; passed over")
             return found
 
         found = self.runtime.on_main(look)

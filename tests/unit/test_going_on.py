@@ -67,3 +67,13 @@ def test_another_base_is_refused_before_it_is_loaded(run: RunDirectory, saved: P
     words = r"began with other files of the base org/model: fingerprint base-1 then, base-2 now; put them back .*run\.dir=.*--fresh"
     with pytest.raises(RunError, match=words):
         session(run, base="base-2")._find_checkpoint()
+
+
+def test_where_no_checkpoint_is_whole_every_start_is_refused(run: RunDirectory, saved: Path) -> None:
+    """Else the second one would take the run for a new one, and empty its metrics."""
+    (saved / "manifest.json").unlink()
+    for _ in range(2):
+        with pytest.raises(RunError) as caught:
+            session(run)._find_checkpoint()
+        for word in [str(run.checkpoints), "checkpoint-5 is damaged (manifest.json is missing)", "--fresh"]:
+            assert word in str(caught.value)
