@@ -20,14 +20,14 @@ from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.files import sweep
-from mistral_dist.guards import Trouble, reach
+from mistral_dist.guards import Guard, Trouble, reach
 from mistral_dist.micro_batch import settled
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.saver import Saver
-from mistral_dist.validation import Measured
+from mistral_dist.validation import Measured, Validation
 
 SHOWN = 8
 """Examples that the log names where a step was not trained."""
@@ -61,6 +61,8 @@ class Session:
     progress: Progress = Progress()
     saved: int = 0
     """The step of the newest checkpoint that is there or handed to the writer; 0 where there is none."""
+    known: tuple[Guard, Validation] = (Guard(), Validation())
+    """What that checkpoint remembers of losses and validations: more may be known of its step since."""
     clock: float = field(default_factory=time.monotonic)
     """When the step in progress began."""
     told: float = 0.0
@@ -160,8 +162,8 @@ class Session:
     def go_back(self, trouble: Trouble) -> None:
         """Return to the newest good checkpoint from before the trouble; what led to it will be passed over.
 
-        The checkpoint stays as it is: a run that is killed before the next one is saved meets the same trouble, and goes back
-        again. Raises TrainingError, with a diagnosis, where there is no such checkpoint or the run went back too often.
+        A run that is killed before it is saved again meets the same trouble, and goes back again. Raises TrainingError, with a
+        diagnosis, where there is no such checkpoint or the run went back too often.
         """
         step, train = self.progress.step, self.recipe.train
         remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples that log.txt names"
@@ -173,6 +175,7 @@ class Session:
         if target is None:
             raise TrainingError(f"step {step}: {trouble.because}, and there is no checkpoint from before; {remedy}")
         found, _ = checkpoint.load_progress(target)
+        self.known = found.guard, found.validation
         self.progress = replace(found, guard=self.progress.guard.after_going_back(found.guard, trouble))
         self.runtime.scatter_adapter(checkpoint.adapter_of(target, adapter_parameters(self.runtime.bare_model)))
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
@@ -208,24 +211,31 @@ class Session:
     def save(self, last: bool = False) -> None:
         """Hand a checkpoint of this step to the writer, unless it has it; of a launch, the `last` one is waited for by every rank.
 
+        One is written anew where more is known of its step by now: it was saved at a stop within its validation, or the run went
+        back to it.
         A save that cannot be written is told, and tried again at the next; the last one raises MachineError. Raises
         CheckpointError for an adapter that is not finite.
         """
-        if self.progress.step == self.saved and not last:
+        is_handed_over = self.progress.step == self.saved and self._knows() == self.known
+        if is_handed_over and not last:
             return
         self.runtime.at("saving", self.progress.step)
-        if self.runtime.on_main(self.saver.newest) != self.progress.step:
+        is_there = self.runtime.on_main(lambda: self.saver.newest() == self.progress.step and not self.saver.trouble)
+        if not (is_handed_over and is_there):
             self._hand_over()
             if last:
                 self.runtime.on_main(self.saver.finish)
         self.runtime.at("between steps", self.progress.step)
         self.clock = time.monotonic()
 
+    def _knows(self) -> tuple[Guard, Validation]:
+        return self.progress.guard, self.progress.validation
+
     def _hand_over(self) -> None:
         started = time.monotonic()
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
         everywhere = self.runtime.gather((self.progress.cursor, self.drops))
-        self.saved, self.drops = self.progress.step, []
+        self.saved, self.known, self.drops = self.progress.step, self._knows(), []
         if not self.runtime.is_main:
             return
         # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
@@ -274,6 +284,7 @@ class Session:
             return None
         self.progress, facts = checkpoint.load_progress(found)
         self.saved = self.saver.step = self.progress.step
+        self.known = self._knows()
         self._refuse_other(facts)
         self.say(f"going on from {found.name}")
         before = checkpoint.written_with(found)

@@ -1,5 +1,6 @@
 """A run goes on only with the tokenizer, the data and the base model that it began with; both fingerprints are told."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,17 +9,24 @@ from typing import Any
 import pytest
 
 from mistral_dist import checkpoint
-from mistral_dist.config import Checkpoint, Recipe
+from mistral_dist.checkpoint import Progress
+from mistral_dist.config import Checkpoint, Recipe, Train
 from mistral_dist.data.feed import Feed
 from mistral_dist.errors import RunError
+from mistral_dist.guards import Guard
 from mistral_dist.run import RunDirectory
 from mistral_dist.session import Session
+from mistral_dist.validation import Validation
 from tests.unit.test_checkpoint import snapshot
+from tests.unit.test_saver import fails_with
 
 RECIPE = "version: 1\ntask: {kind: chat}\ndata: {sources: [{path: x.jsonl}]}\nmodel: {name: org/model}\n"
 STREAM: Any = SimpleNamespace(steps=9)
 FEED = Feed(STREAM, "data-1", "data/r", "9 examples", "held-1", "encoding-1")
-ALONE: Any = SimpleNamespace(is_main=True, world_size=1, sharding="ZeRO 0", on_main=lambda action: action())
+ALONE: Any = SimpleNamespace(
+    is_main=True, world_size=1, sharding="ZeRO 0", on_main=lambda action: action(), gather=lambda value: [value], at=lambda *_: None,
+    gather_adapter=lambda: snapshot(5).adapter, gather_moments=lambda: snapshot(5).moments,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -77,3 +85,44 @@ def test_where_no_checkpoint_is_whole_every_start_is_refused(run: RunDirectory, 
             session(run)._find_checkpoint()
         for word in [str(run.checkpoints), "checkpoint-5 is damaged (manifest.json is missing)", "--fresh"]:
             assert word in str(caught.value)
+
+
+def saved_again(run: RunDirectory, **found: Any) -> Progress:
+    """What the checkpoint of a resumed run holds where this was found out of its step since."""
+    resumed = session(run)
+    resumed.peft_config = snapshot(5).adapter_config
+    resumed._find_checkpoint()
+    written = (run.checkpoints / "checkpoint-5").stat().st_ino
+    resumed.save(last=True)
+    assert (run.checkpoints / "checkpoint-5").stat().st_ino == written, "it holds all that is known"
+    resumed.progress = replace(resumed.progress, **found)
+    resumed.save()
+    assert resumed.saver.newest() == 5
+    return checkpoint.load_progress(run.checkpoints / "checkpoint-5")[0]
+
+
+def test_a_validation_that_a_stop_cut_short_reaches_the_checkpoint_of_its_step(run: RunDirectory, saved: Path) -> None:
+    validation = Validation().after(5, 5, 0.25, Train())
+    assert saved_again(run, validation=validation).validation == validation
+    assert checkpoint.load_progress(saved)[1]["metric"] == 0.25
+
+
+def test_a_way_back_reaches_the_checkpoint_that_it_led_to(run: RunDirectory, saved: Path) -> None:
+    guard = Guard(windows=((6, 9),))
+    assert saved_again(run, guard=guard).guard == guard
+
+
+def test_a_checkpoint_that_could_not_be_written_anew_is_tried_again(
+    run: RunDirectory, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = session(run)
+    resumed.peft_config = snapshot(5).adapter_config
+    resumed._find_checkpoint()
+    guard = Guard(windows=((6, 9),))
+    resumed.progress = replace(resumed.progress, guard=guard)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish", fails_with(errno.ENOSPC))
+        resumed.save()
+        resumed.saver.newest()
+    resumed.save(last=True)
+    assert checkpoint.load_progress(saved)[0].guard == guard
