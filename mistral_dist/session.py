@@ -182,6 +182,7 @@ class Session:
         self.drops, self.saved, self.saver.step = [], self.progress.step, self.progress.step
         self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
         self.runtime.on_main(lambda: self.run.cut_back(self.progress.reached))
+        self.clock = time.monotonic()
 
     def is_validation_due(self) -> bool:
         """Whether the adapter of this step is to be validated, and was not yet."""
@@ -328,7 +329,8 @@ class Session:
             "tokens": work.tokens,
             "examples": work.examples,
             **dropped,
-            "tokens_per_second": round(work.tokens / seconds, 1),
+            # a step that is passed over takes no time, and says nothing about speed
+            "tokens_per_second": None if self.passes_over(work) else round(work.tokens / seconds, 1),
             "seconds": round(seconds, 4),
             "memory_bytes": self.runtime.memory_bytes(),
             **self.saver.take_clocks(),

@@ -12,10 +12,11 @@ from mistral_dist import checkpoint
 from mistral_dist.checkpoint import Progress
 from mistral_dist.config import Checkpoint, Recipe, Train
 from mistral_dist.data.feed import Feed
+from mistral_dist.data.stream import Cursor, Work
 from mistral_dist.errors import RunError
 from mistral_dist.guards import Guard
 from mistral_dist.run import RunDirectory
-from mistral_dist.session import Session
+from mistral_dist.session import Session, StepResult
 from mistral_dist.validation import Validation
 from tests.unit.test_checkpoint import snapshot
 from tests.unit.test_saver import fails_with
@@ -24,7 +25,8 @@ RECIPE = "version: 1\ntask: {kind: chat}\ndata: {sources: [{path: x.jsonl}]}\nmo
 STREAM: Any = SimpleNamespace(steps=9)
 FEED = Feed(STREAM, "data-1", "data/r", "9 examples", "held-1", "encoding-1")
 ALONE: Any = SimpleNamespace(
-    is_main=True, world_size=1, sharding="ZeRO 0", on_main=lambda action: action(), gather=lambda value: [value], at=lambda *_: None,
+    is_main=True, world_size=1, sharding="ZeRO 0", memory_bytes=lambda: 1, on_main=lambda action: action(),
+    gather=lambda value: [value], at=lambda *_: None,
     gather_adapter=lambda: snapshot(5).adapter, gather_moments=lambda: snapshot(5).moments,
 )  # fmt: skip
 
@@ -126,3 +128,11 @@ def test_a_checkpoint_that_could_not_be_written_anew_is_tried_again(
         resumed.saver.newest()
     resumed.save(last=True)
     assert checkpoint.load_progress(saved)[0].guard == guard
+
+
+def test_no_speed_is_noted_of_a_step_that_is_passed_over(run: RunDirectory) -> None:
+    resumed = session(run)
+    resumed.progress = replace(resumed.progress, guard=Guard(windows=((2, 3),)))
+    works = [Work(step, (), 8, 8.0, 90, 2, 0.1, Cursor()) for step in (0, 1)]
+    found = [resumed._metrics(work, StepResult(None, None, 0.1, "because"), 0.5) for work in works]
+    assert [entry["tokens_per_second"] for entry in found] == [180.0, None]
