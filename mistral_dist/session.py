@@ -166,10 +166,13 @@ class Session:
         diagnosis, where there is no such checkpoint or the run went back too often.
         """
         step, train = self.progress.step, self.recipe.train
-        remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples that log.txt names"
+        remedy = "start another run (run.dir=...) with a lower optim.learning_rate"
+        if self.progress.guard.refused:
+            remedy += f", or look at the examples that {self.run.path / 'untrained.jsonl'} names"
         if len(self.progress.guard.windows) >= train.max_rewinds:
             often = "once" if train.max_rewinds == 1 else f"{train.max_rewinds} times"
-            raise TrainingError(f"step {step}: {trouble.because}; the run went back {often} already (train.max_rewinds); {remedy}")
+            spent = f"the run went back {often} already (train.max_rewinds)" if train.max_rewinds else "train.max_rewinds=0 never goes back"
+            raise TrainingError(f"step {step}: {trouble.because}; {spent}; {remedy}")
         self.runtime.on_main(self.saver.newest)
         target = self.runtime.on_main(lambda: checkpoint.retreat(self.run.checkpoints, before=trouble.first))
         if target is None:

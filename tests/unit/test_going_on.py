@@ -13,8 +13,8 @@ from mistral_dist.checkpoint import Progress
 from mistral_dist.config import Checkpoint, Recipe, Train
 from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Cursor, Work
-from mistral_dist.errors import RunError
-from mistral_dist.guards import Guard
+from mistral_dist.errors import RunError, TrainingError
+from mistral_dist.guards import Guard, Trouble
 from mistral_dist.run import RunDirectory
 from mistral_dist.session import Session, StepResult
 from mistral_dist.validation import Validation
@@ -136,3 +136,27 @@ def test_no_speed_is_noted_of_a_step_that_is_passed_over(run: RunDirectory) -> N
     works = [Work(step, (), 8, 8.0, 90, 2, 0.1, Cursor()) for step in (0, 1)]
     found = [resumed._metrics(work, StepResult(None, None, 0.1, "because"), 0.5) for work in works]
     assert [entry["tokens_per_second"] for entry in found] == [180.0, None]
+
+
+@pytest.mark.parametrize(
+    ("max_rewinds", "windows", "spent"),
+    [
+        (0, (), "train.max_rewinds=0 never goes back"),
+        (1, ((2, 3),), "the run went back once already (train.max_rewinds)"),
+        (2, ((2, 3), (4, 5)), "the run went back 2 times already (train.max_rewinds)"),
+    ],
+)
+@pytest.mark.parametrize("refused", [0, 3])
+def test_a_run_that_may_not_go_back_says_why_and_what_helps(
+    run: RunDirectory, max_rewinds: int, windows: tuple[tuple[int, int], ...], spent: str, refused: int
+) -> None:
+    spoiled = session(run)
+    train = spoiled.recipe.train.model_copy(update={"max_rewinds": max_rewinds})
+    spoiled.recipe = spoiled.recipe.model_copy(update={"train": train})
+    spoiled.progress = Progress(9, guard=Guard(refused=refused, windows=windows))
+    with pytest.raises(TrainingError) as caught:
+        spoiled.go_back(Trouble(6, 9, "because"))
+    told = str(caught.value)
+    assert f"step 9: because; {spent}; start another run" in told
+    assert "optim.learning_rate" in told and "log.txt" not in told
+    assert (str(run.path / "untrained.jsonl") in told) == (refused > 0), "else the examples are not to blame"
