@@ -126,7 +126,7 @@ def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Cal
     return target
 
 
-def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
+def save_adapter(folder: Path, adapter: Tensors, peft_config: Any) -> None:
     """Write an adapter in PEFT's format and pass it through the gate.
 
     `adapter`: the trainable parameters by name. Raises CheckpointError where it is empty or not finite, OSError where it
@@ -140,7 +140,7 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
     if bad:
         raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
     _write_tensors(folder / "adapter_model.safetensors", named)
-    config.save_pretrained(str(folder))
+    peft_config.save_pretrained(str(folder))
     try:
         read = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
@@ -149,11 +149,11 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
         raise OSError(errno.EIO, "the adapter read back is not the one that is trained; is the disk sound?", str(folder))
 
 
-def publish_adapter(target: Path, adapter: Tensors, config: Any, tokenizer: Any, card: str) -> None:
+def publish_adapter(target: Path, adapter: Tensors, peft_config: Any, tokenizer: Any, card: str) -> None:
     """Put the result of a run in its place: adapter, tokenizer, model card. Raises as `save` does."""
     aside = aside_of(target)
     try:
-        save_adapter(aside, adapter, config)
+        save_adapter(aside, adapter, peft_config)
         tokenizer.save_pretrained(str(aside))
         (aside / "README.md").write_text(card, encoding="utf-8")
         publish(aside, target)

@@ -101,20 +101,12 @@ class Session:
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, {runtime.sharding}, attention {attention}, {session.steps} steps; loading the model")
         runtime.agree_to_go_on()
-        model = build_trainable(recipe, runtime.device, attention)
-        session.peft_config = model.peft_config["default"]
-        packed = runtime.byte_sum(packed_weights(model))
-        parameters = adapter_parameters(model)
-        if found is not None:
-            checkpoint.load_adapter(found, parameters)
+        model = session._load_model(attention, found)
         runtime.agree_to_go_on()
-        recipe = session.recipe = settled(recipe, runtime, model, session.say)
-        feed.stream.regroup(recipe.train.packs_per_forward)
+        session.recipe = settled(recipe, runtime, model, session.say)
+        feed.stream.regroup(session.recipe.train.packs_per_forward)
         runtime.agree_to_go_on()
-        runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
-        if runtime.byte_sum(packed_weights(runtime.bare_model)) != packed:
-            raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
-        runtime.refuse_unsharded([parameter for parameter in runtime.bare_model.parameters() if not parameter.requires_grad])
+        session._shard(model)
         if found is not None:
             runtime.scatter_moments(checkpoint.load_moments(found), session.progress.updates)
         runtime.on_main(session._mark_start)
@@ -296,6 +288,24 @@ class Session:
             if before.get(name) != version:
                 self.say(f"note: {name} was {before.get(name)} when the checkpoint was written, it is {version} now")
         return found
+
+    def _load_model(self, attention: str, found: Path | None) -> Any:
+        """The base with its adapter: the one of the checkpoint, or a new one."""
+        model = build_trainable(self.recipe, self.runtime.device, attention)
+        self.peft_config = model.peft_config["default"]
+        if found is not None:
+            checkpoint.load_adapter(found, adapter_parameters(model))
+        return model
+
+    def _shard(self, model: Any) -> None:
+        """Hand the model and its optimizer to the ranks. Raises TrainingError where the base is not what it was, or not shared out."""
+        runtime = self.runtime
+        packed = runtime.byte_sum(packed_weights(model))
+        trained = list(adapter_parameters(model).values())
+        runtime.prepare(model, build_optimizer(trained, self.recipe.optim, fused=runtime.device.type == "cuda"))
+        if runtime.byte_sum(packed_weights(runtime.bare_model)) != packed:
+            raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
+        runtime.refuse_unsharded([parameter for parameter in runtime.bare_model.parameters() if not parameter.requires_grad])
 
     def _refuse_other(self, facts: dict[str, Any]) -> None:
         """Raise RunError where what is trained on is not what the checkpoint was made with; before the model is loaded."""
