@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ Tensors = Mapping[str, torch.Tensor]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "mistral-dist")
 NAME = re.compile(r"checkpoint-(\d+)")
 ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
+UNREADABLE = "cannot be read"
+"""How it is told of a checkpoint that the file system does not give."""
 BESIDE_TENSORS = 64 * 1024
 """Bytes of a checkpoint's JSON files and headers, generously."""
 
@@ -123,7 +126,7 @@ def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Cal
     return target
 
 
-def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
+def save_adapter(folder: Path, adapter: Tensors, peft_config: Any) -> None:
     """Write an adapter in PEFT's format and pass it through the gate.
 
     `adapter`: the trainable parameters by name. Raises CheckpointError where it is empty or not finite, OSError where it
@@ -137,7 +140,7 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
     if bad:
         raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
     _write_tensors(folder / "adapter_model.safetensors", named)
-    config.save_pretrained(str(folder))
+    peft_config.save_pretrained(str(folder))
     try:
         read = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
@@ -146,11 +149,11 @@ def save_adapter(folder: Path, adapter: Tensors, config: Any) -> None:
         raise OSError(errno.EIO, "the adapter read back is not the one that is trained; is the disk sound?", str(folder))
 
 
-def publish_adapter(target: Path, adapter: Tensors, config: Any, tokenizer: Any, card: str) -> None:
+def publish_adapter(target: Path, adapter: Tensors, peft_config: Any, tokenizer: Any, card: str) -> None:
     """Put the result of a run in its place: adapter, tokenizer, model card. Raises as `save` does."""
     aside = aside_of(target)
     try:
-        save_adapter(aside, adapter, config)
+        save_adapter(aside, adapter, peft_config)
         tokenizer.save_pretrained(str(aside))
         (aside / "README.md").write_text(card, encoding="utf-8")
         publish(aside, target)
@@ -202,18 +205,33 @@ def peft_name(parameter: str) -> str:
 
 
 def latest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each damaged one that was newer.
+    """The newest checkpoint that verifies, and a line for each one that was newer and does not.
 
-    Those are renamed to `damaged-checkpoint-...`, so that they neither count among the ones that are kept nor are looked at again.
+    Where there is one, the damaged ones are renamed to `damaged-checkpoint-...`, so that they neither count among the ones that are
+    kept nor are looked at again. With none they keep their names: the next start must not take the run for a new one. One that
+    cannot be read keeps its name, too, since a file server may come back.
     """
-    damaged: list[str] = []
+    problems: dict[Path, str] = {}
+    found = None
     for path in reversed(_all(folder)):
         problem = verify(path)
         if problem is None:
-            return path, damaged
-        path.rename(path.with_name(f"damaged-{path.name}-{len(list(folder.glob('damaged-*'))) + 1}"))
-        damaged.append(f"{path.name} is damaged ({problem}); passed over")
-    return None, damaged
+            found = path
+            break
+        problems[path] = problem
+    for path, problem in problems.items() if found else ():
+        if not problem.startswith(UNREADABLE):
+            _set_aside(path)
+    return found, [
+        f"{path.name} {problem}" if problem.startswith(UNREADABLE) else f"{path.name} is damaged ({problem})"
+        for path, problem in problems.items()
+    ]
+
+
+def _set_aside(damaged: Path) -> None:
+    taken = {path.name for path in damaged.parent.iterdir()}
+    names = (f"damaged-{damaged.name}-{number}" for number in count(1))
+    damaged.rename(damaged.with_name(next(name for name in names if name not in taken)))
 
 
 def retreat(folder: Path, *, before: int) -> Path | None:
@@ -234,9 +252,10 @@ def best_good(folder: Path, step: int) -> Path | None:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where every byte is as it was written."""
-    if not (path / "manifest.json").is_file():
-        return "manifest.json is missing"
+    """What is wrong with a checkpoint, in words; None where every byte is as it was written.
+
+    Begins with `UNREADABLE` where the file system does not give it, which says nothing about its bytes.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         problems = (_problem(path / name, name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items())
@@ -246,15 +265,21 @@ def verify(path: Path) -> str | None:
             "manifest.json",
         }
         return next((problem for problem in problems if problem), f"{min(odd)} is not of it" if odd else None)
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except OSError as error:
+        return f"{UNREADABLE} ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json cannot be read"
 
 
 def _problem(file: Path, name: str, size: int, sha256: str) -> str | None:
-    if not file.is_file():
+    try:
+        found = file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
-    if file.stat().st_size != size:
-        return f"{name} has {file.stat().st_size} bytes, not {size}"
+    if found != size:
+        return f"{name} has {found} bytes, not {size}"
     return f"{name} has another checksum" if _sha256(file) != sha256 else None
 
 

@@ -266,7 +266,8 @@ def _status_table(run: Any) -> Any:
         rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
     if last:
         told = "not trained" if last[0]["loss"] is None else f"{last[0]['loss']:.4f}"
-        rows.append(("loss", f"{told} at step {last[0]['step']}, {last[0]['tokens_per_second']:,.0f} tokens/s"))
+        speed = last[0]["tokens_per_second"]
+        rows.append(("loss", f"{told} at step {last[0]['step']}{'' if speed is None else f', {speed:,.0f} tokens/s'}"))
     validation = run.last_validation()
     if validation:
         rows.append(("validation", f"loss {validation_words(validation)}"))

@@ -148,20 +148,24 @@ class _Metrics:
 
     def seconds_per_step(self) -> float | None:
         # the first step of a launch warms up caches and says nothing about the next
-        seconds = sorted(entry["seconds"] for entry in self._recent)
+        seconds = sorted(entry["seconds"] for entry in self._timed())
         return seconds[len(seconds) // 2] if seconds else None
 
     def tokens_per_second(self) -> float | None:
-        seconds = sum(entry["seconds"] for entry in self._recent)
-        return sum(entry["tokens"] for entry in self._recent) / seconds if seconds else None
+        seconds = sum(entry["seconds"] for entry in self._timed())
+        return sum(entry["tokens"] for entry in self._timed()) / seconds if seconds else None
+
+    def _timed(self) -> list[dict[str, Any]]:
+        """Those that say something about speed: a step that is passed over takes no time."""
+        return [entry for entry in self._recent if entry["tokens_per_second"] is not None]
 
 
 def _measures(last: dict[str, Any] | None, speed: float | None, validation: dict[str, Any] | None) -> str:
-    if not last or not speed:
+    if not last:
         return "loading the model"
     told = "not trained" if last["loss"] is None else f"loss {last['loss']:.4f}"
     validated = f"  validation {validation_words(validation)}" if validation else ""
-    return f"{told}{validated}  {speed:,.0f} tokens/s"
+    return f"{told}{validated}{f'  {speed:,.0f} tokens/s' if speed else ''}"
 
 
 def validation_words(found: dict[str, Any]) -> str:

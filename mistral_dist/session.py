@@ -20,14 +20,14 @@ from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.files import sweep
-from mistral_dist.guards import Trouble, reach
+from mistral_dist.guards import Guard, Trouble, reach
 from mistral_dist.micro_batch import settled
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.saver import Saver
-from mistral_dist.validation import Measured
+from mistral_dist.validation import Measured, Validation
 
 SHOWN = 8
 """Examples that the log names where a step was not trained."""
@@ -61,6 +61,8 @@ class Session:
     progress: Progress = Progress()
     saved: int = 0
     """The step of the newest checkpoint that is there or handed to the writer; 0 where there is none."""
+    known: tuple[Guard, Validation] = (Guard(), Validation())
+    """What that checkpoint remembers of losses and validations: more may be known of its step since."""
     clock: float = field(default_factory=time.monotonic)
     """When the step in progress began."""
     told: float = 0.0
@@ -99,20 +101,12 @@ class Session:
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, {runtime.sharding}, attention {attention}, {session.steps} steps; loading the model")
         runtime.agree_to_go_on()
-        model = build_trainable(recipe, runtime.device, attention)
-        session.peft_config = model.peft_config["default"]
-        packed = runtime.byte_sum(packed_weights(model))
-        parameters = adapter_parameters(model)
-        if found is not None:
-            checkpoint.load_adapter(found, parameters)
+        model = session._load_model(attention, found)
         runtime.agree_to_go_on()
-        recipe = session.recipe = settled(recipe, runtime, model, session.say)
-        feed.stream.regroup(recipe.train.packs_per_forward)
+        session.recipe = settled(recipe, runtime, model, session.say)
+        feed.stream.regroup(session.recipe.train.packs_per_forward)
         runtime.agree_to_go_on()
-        runtime.prepare(model, build_optimizer(list(parameters.values()), recipe.optim, fused=runtime.device.type == "cuda"))
-        if runtime.byte_sum(packed_weights(runtime.bare_model)) != packed:
-            raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
-        runtime.refuse_unsharded([parameter for parameter in runtime.bare_model.parameters() if not parameter.requires_grad])
+        session._shard(model)
         if found is not None:
             runtime.scatter_moments(checkpoint.load_moments(found), session.progress.updates)
         runtime.on_main(session._mark_start)
@@ -160,25 +154,30 @@ class Session:
     def go_back(self, trouble: Trouble) -> None:
         """Return to the newest good checkpoint from before the trouble; what led to it will be passed over.
 
-        The checkpoint stays as it is: a run that is killed before the next one is saved meets the same trouble, and goes back
-        again. Raises TrainingError, with a diagnosis, where there is no such checkpoint or the run went back too often.
+        A run that is killed before it is saved again meets the same trouble, and goes back again. Raises TrainingError, with a
+        diagnosis, where there is no such checkpoint or the run went back too often.
         """
         step, train = self.progress.step, self.recipe.train
-        remedy = "start another run (run.dir=...) with a lower optim.learning_rate, or look at the examples that log.txt names"
+        remedy = "start another run (run.dir=...) with a lower optim.learning_rate"
+        if self.progress.guard.refused:
+            remedy += f", or look at the examples that {self.run.path / 'untrained.jsonl'} names"
         if len(self.progress.guard.windows) >= train.max_rewinds:
             often = "once" if train.max_rewinds == 1 else f"{train.max_rewinds} times"
-            raise TrainingError(f"step {step}: {trouble.because}; the run went back {often} already (train.max_rewinds); {remedy}")
+            spent = f"the run went back {often} already (train.max_rewinds)" if train.max_rewinds else "train.max_rewinds=0 never goes back"
+            raise TrainingError(f"step {step}: {trouble.because}; {spent}; {remedy}")
         self.runtime.on_main(self.saver.newest)
         target = self.runtime.on_main(lambda: checkpoint.retreat(self.run.checkpoints, before=trouble.first))
         if target is None:
             raise TrainingError(f"step {step}: {trouble.because}, and there is no checkpoint from before; {remedy}")
         found, _ = checkpoint.load_progress(target)
+        self.known = found.guard, found.validation
         self.progress = replace(found, guard=self.progress.guard.after_going_back(found.guard, trouble))
         self.runtime.scatter_adapter(checkpoint.adapter_of(target, adapter_parameters(self.runtime.bare_model)))
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
         self.drops, self.saved, self.saver.step = [], self.progress.step, self.progress.step
         self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
         self.runtime.on_main(lambda: self.run.cut_back(self.progress.reached))
+        self.clock = time.monotonic()
 
     def is_validation_due(self) -> bool:
         """Whether the adapter of this step is to be validated, and was not yet."""
@@ -208,24 +207,31 @@ class Session:
     def save(self, last: bool = False) -> None:
         """Hand a checkpoint of this step to the writer, unless it has it; of a launch, the `last` one is waited for by every rank.
 
+        One is written anew where more is known of its step by now: it was saved at a stop within its validation, or the run went
+        back to it.
         A save that cannot be written is told, and tried again at the next; the last one raises MachineError. Raises
         CheckpointError for an adapter that is not finite.
         """
-        if self.progress.step == self.saved and not last:
+        is_handed_over = self.progress.step == self.saved and self._knows() == self.known
+        if is_handed_over and not last:
             return
         self.runtime.at("saving", self.progress.step)
-        if self.runtime.on_main(self.saver.newest) != self.progress.step:
+        is_there = self.runtime.on_main(lambda: self.saver.newest() == self.progress.step and not self.saver.trouble)
+        if not (is_handed_over and is_there):
             self._hand_over()
             if last:
                 self.runtime.on_main(self.saver.finish)
         self.runtime.at("between steps", self.progress.step)
         self.clock = time.monotonic()
 
+    def _knows(self) -> tuple[Guard, Validation]:
+        return self.progress.guard, self.progress.validation
+
     def _hand_over(self) -> None:
         started = time.monotonic()
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
         everywhere = self.runtime.gather((self.progress.cursor, self.drops))
-        self.saved, self.drops = self.progress.step, []
+        self.saved, self.known, self.drops = self.progress.step, self._knows(), []
         if not self.runtime.is_main:
             return
         # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
@@ -262,10 +268,11 @@ class Session:
         def look() -> Path | None:
             sweep(self.run.checkpoints)
             found, damaged = checkpoint.latest_good(self.run.checkpoints)
-            for line in damaged:
-                self.say(line)
             if damaged and found is None:
-                raise RunError(f"{self.run.path}: no checkpoint is whole ({'; '.join(damaged)}); start anew with --fresh, or restore one")
+                ways_out = "restore one, or start anew with --fresh"
+                raise RunError(f"{self.run.checkpoints}: no checkpoint is whole ({'; '.join(damaged)}); {ways_out}")
+            for line in damaged:
+                self.say(f"{line}; passed over")
             return found
 
         found = self.runtime.on_main(look)
@@ -273,6 +280,7 @@ class Session:
             return None
         self.progress, facts = checkpoint.load_progress(found)
         self.saved = self.saver.step = self.progress.step
+        self.known = self._knows()
         self._refuse_other(facts)
         self.say(f"going on from {found.name}")
         before = checkpoint.written_with(found)
@@ -280,6 +288,24 @@ class Session:
             if before.get(name) != version:
                 self.say(f"note: {name} was {before.get(name)} when the checkpoint was written, it is {version} now")
         return found
+
+    def _load_model(self, attention: str, found: Path | None) -> Any:
+        """The base with its adapter: the one of the checkpoint, or a new one."""
+        model = build_trainable(self.recipe, self.runtime.device, attention)
+        self.peft_config = model.peft_config["default"]
+        if found is not None:
+            checkpoint.load_adapter(found, adapter_parameters(model))
+        return model
+
+    def _shard(self, model: Any) -> None:
+        """Hand the model and its optimizer to the ranks. Raises TrainingError where the base is not what it was, or not shared out."""
+        runtime = self.runtime
+        packed = runtime.byte_sum(packed_weights(model))
+        trained = list(adapter_parameters(model).values())
+        runtime.prepare(model, build_optimizer(trained, self.recipe.optim, fused=runtime.device.type == "cuda"))
+        if runtime.byte_sum(packed_weights(runtime.bare_model)) != packed:
+            raise TrainingError("the packed 4-bit weights changed while the model was sharded; use the versions of constraints.txt")
+        runtime.refuse_unsharded([parameter for parameter in runtime.bare_model.parameters() if not parameter.requires_grad])
 
     def _refuse_other(self, facts: dict[str, Any]) -> None:
         """Raise RunError where what is trained on is not what the checkpoint was made with; before the model is loaded."""
@@ -316,7 +342,8 @@ class Session:
             "tokens": work.tokens,
             "examples": work.examples,
             **dropped,
-            "tokens_per_second": round(work.tokens / seconds, 1),
+            # a step that is passed over takes no time, and says nothing about speed
+            "tokens_per_second": None if self.passes_over(work) else round(work.tokens / seconds, 1),
             "seconds": round(seconds, 4),
             "memory_bytes": self.runtime.memory_bytes(),
             **self.saver.take_clocks(),

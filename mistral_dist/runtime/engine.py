@@ -149,6 +149,7 @@ class Runtime:
         """Wrap model and optimizer, shard them where ZeRO does. The adapter must already hold the values to go on from."""
         self.model, wrapped = self._accelerator.prepare(model, optimizer)
         self._optimizer = wrapped.optimizer
+        shards.create_state(self._optimizer, 0)
 
     @property
     def bare_model(self) -> Any:

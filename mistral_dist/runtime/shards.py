@@ -55,6 +55,27 @@ def held_bytes(parameters: Iterable[Any]) -> tuple[int, int]:
     return held, whole
 
 
+def create_state(optimizer: Any, step: int) -> None:
+    """Give AdamW the state that it would otherwise only make in its first update, with the step count already right.
+
+    A run may be saved before there is any update: its first step was not finite, or it was asked to stop.
+    """
+    is_zero = not isinstance(optimizer, torch.optim.Optimizer)
+    inner = optimizer.optimizer if is_zero else optimizer
+    for tensor in _state_tensors(optimizer) if is_zero else [p for group in inner.param_groups for p in group["params"]]:
+        if inner.state.get(tensor):  # in the middle of a run: ZeRO holds links to these very tensors
+            inner.state[tensor]["step"].fill_(float(step))
+            continue
+        on = tensor.device if inner.defaults.get("fused") else "cpu"
+        inner.state[tensor] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=on),
+            **{moment: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for moment in MOMENTS},
+        }
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # ZeRO-1 and 2 link parameters to their part of the flat state after each step; here it is needed before the first
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def gather_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(`name.exp_avg`, whole tensor) and so on, float32, on the CPU. A collective: every rank iterates to the end."""
     for name, parameter in parameters.items():
@@ -67,7 +88,7 @@ def scatter_moments(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any
 
     Raises CheckpointError where a moment is missing or of another shape.
     """
-    _create_state(optimizer, step)
+    create_state(optimizer, step)
     for name, parameter in parameters.items():
         for moment in MOMENTS:
             _scatter_moment(parameter, optimizer, moment, _fitting(f"{name}.{moment}", parameter, moments))
@@ -127,24 +148,6 @@ def _scatter_moment(parameter: Any, optimizer: Any, moment: str, value: torch.Te
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
     else:
         optimizer.state[parameter][moment].copy_(value)
-
-
-def _create_state(optimizer: Any, step: int) -> None:
-    """Give AdamW the state that it would otherwise only make in its first step, with the step count already right."""
-    is_zero = not isinstance(optimizer, torch.optim.Optimizer)
-    inner = optimizer.optimizer if is_zero else optimizer
-    for tensor in _state_tensors(optimizer) if is_zero else [p for group in inner.param_groups for p in group["params"]]:
-        if inner.state.get(tensor):  # in the middle of a run: ZeRO holds links to these very tensors
-            inner.state[tensor]["step"].fill_(float(step))
-            continue
-        on = tensor.device if inner.defaults.get("fused") else "cpu"
-        inner.state[tensor] = {
-            "step": torch.tensor(float(step), dtype=torch.float32, device=on),
-            **{moment: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for moment in MOMENTS},
-        }
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # ZeRO-1 and 2 link parameters to their part of the flat state after each step; here it is needed before the first
-        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _state_tensors(zero: Any) -> list[torch.Tensor]:

@@ -1,5 +1,8 @@
 """Checkpoints: whole or not there; damage is named and passed over."""
 
+import builtins
+import errno
+import io
 import json
 import os
 from collections.abc import Callable
@@ -253,9 +256,37 @@ def test_damaged_ones_do_not_push_out_good_ones(tmp_path: Path) -> None:
     assert checkpoint.latest_good(tmp_path) == (newest, [])
 
 
-def test_all_damaged_is_none(tmp_path: Path) -> None:
-    (save(tmp_path, 5) / "manifest.json").unlink()
-    assert checkpoint.latest_good(tmp_path)[0] is None
+def test_where_all_are_damaged_every_look_finds_the_same(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (save(tmp_path, step) / "manifest.json").unlink()
+    told = [f"checkpoint-{step} is damaged (manifest.json is missing)" for step in (10, 5)]
+    assert [checkpoint.latest_good(tmp_path) for _ in range(2)] == [(None, told)] * 2
+
+
+def test_a_damaged_one_takes_the_first_name_that_is_free(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (tmp_path / "damaged-checkpoint-10-2" / "adapter").mkdir(parents=True)
+    for _ in range(2):
+        flip(save(tmp_path, 10) / "progress.json")
+        checkpoint.latest_good(tmp_path)
+    assert {path.name for path in tmp_path.glob("damaged-*")} == {f"damaged-checkpoint-10-{number}" for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("file", [*FILES, MANIFEST])
+def test_one_that_cannot_be_read_is_passed_over_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    good, bad = save(tmp_path, 5), save(tmp_path, 10)
+    real = io.open
+
+    def unwell(path: Any, *words: Any, **more: Any) -> Any:
+        if path == bad / file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", unwell)
+        patch.setattr(builtins, "open", unwell)
+        assert checkpoint.latest_good(tmp_path) == (good, ["checkpoint-10 cannot be read (Input/output error)"])
+    assert checkpoint.latest_good(tmp_path) == (bad, [])
 
 
 @pytest.mark.parametrize("moment", ["save_adapter", "_manifest", "publish"])
