@@ -67,3 +67,16 @@ def test_another_base_is_refused_before_it_is_loaded(run: RunDirectory, saved: P
     words = r"began with other files of the base org/model: fingerprint base-1 then, base-2 now; put them back .*run\.dir=.*--fresh"
     with pytest.raises(RunError, match=words):
         session(run, base="base-2")._find_checkpoint()
+
+
+def test_that_another_rank_has_failed_stays_in_the_status(run: RunDirectory) -> None:
+    """The first rank makes a step more before it notices: the cause and its exit code are not lost."""
+    one = session(run)
+    run.set_status("failed", 2, "the mark of an older launch")
+    one._mark_start()
+    one._tell_status()
+    assert (run.status() or {})["state"] == "running"
+    run.set_status("failed", 2, "x.jsonl:7: no JSON")
+    one._tell_status()
+    status = run.status() or {}
+    assert (status["state"], status["exit_code"], status["message"]) == ("failed", 2, "x.jsonl:7: no JSON")
