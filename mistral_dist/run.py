@@ -156,12 +156,15 @@ class Lease:
 
     RENEW = 15.0
     EXPIRES = 120.0
+    PATIENCE = 10.0
+    """Seconds that giving it back waits for a renewal under way."""
 
     def __init__(self, run: RunDirectory) -> None:
         run.lease = self
         self._file = run.path / "lease.json"
         self._token = uuid.uuid4().hex
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
         self.lost = False
         """Another process holds the run now."""
         self.renewed = time.monotonic()
@@ -179,11 +182,14 @@ class Lease:
             check_free(self._file.parent)
             if found is not None:
                 self._remove(found.get("token"))
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        if self._thread is not None:
+            self._thread.join(self.PATIENCE)  # or it would put back what is removed here
         if not self.lost and (read_json(self._file) or {}).get("token") == self._token:
             self._file.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -334,6 +335,23 @@ def test_a_lease_is_renewed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) 
         first = json.loads((run.path / "lease.json").read_text())
         until(lambda: json.loads((run.path / "lease.json").read_text())["renewed"] > first["renewed"])
         assert json.loads((run.path / "lease.json").read_text())["token"] == first["token"]
+
+
+def test_a_renewal_under_way_does_not_put_back_a_lease_that_was_given_back(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_renewing, ended, real = threading.Event(), threading.Event(), module.replace_text
+
+    def slowly(file: Path, text: str) -> None:
+        is_renewing.set()
+        time.sleep(0.3)
+        real(file, text)
+        ended.set()
+
+    monkeypatch.setattr(module, "replace_text", slowly)
+    monkeypatch.setattr(Lease, "RENEW", 0.02)
+    with Lease(run):
+        assert is_renewing.wait(LIMIT)
+    assert ended.wait(LIMIT)
+    assert list(run.path.iterdir()) == []
 
 
 @pytest.mark.parametrize("gone", [False, True])
