@@ -190,8 +190,10 @@ class Lease:
         self._over.set()
         if self._thread is not None:
             self._thread.join(self.PATIENCE)  # or it would put back what is removed here
-        if not self.lost and (read_json(self._file) or {}).get("token") == self._token:
-            self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it cannot be seen whose it is, it is left to expire
+            self.look()
+            if not self.lost:
+                self._file.unlink(missing_ok=True)
 
     def _content(self) -> str:
         started_by = process.environment(process.LAUNCHER) or process.identity()
@@ -223,7 +225,11 @@ class Lease:
 
     def look(self) -> None:
         """Whether the run is still ours. Raises OSError where that cannot be seen."""
-        self.lost = self.lost or (read_json(self._file) or {}).get("token") != self._token
+        try:
+            found = read_json(self._file)
+        except RunError as error:  # half a file: a disk that is full or away may mend
+            raise OSError(errno.EIO, "the lease cannot be read", str(self._file)) from error
+        self.lost = self.lost or (found or {}).get("token") != self._token
 
     def _renew(self) -> None:
         while not self._over.wait(self.RENEW):

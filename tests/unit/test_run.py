@@ -354,6 +354,20 @@ def test_a_renewal_under_way_does_not_put_back_a_lease_that_was_given_back(run: 
     assert list(run.path.iterdir()) == []
 
 
+def test_a_lease_that_could_not_be_read_for_a_moment_is_renewed_again(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lease, "RENEW", 0.02)
+    with Lease(run) as lease:
+        content = (run.path / "lease.json").read_text()
+        write_text(run.path / "lease.json", content[:20])
+        time.sleep(0.2)
+        with pytest.raises(OSError, match="the lease cannot be read"):
+            run.check_publishing()
+        write_text(run.path / "lease.json", content)
+        before = lease.renewed
+        until(lambda: lease.renewed > before)
+    assert not lease.lost
+
+
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_lost_lease_is_noticed_and_the_new_holders_is_left_alone(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
     monkeypatch.setattr(Lease, "RENEW", 0.02)
