@@ -5,7 +5,6 @@ thread's. One write at a time. A save that fails ends nothing: it is told once, 
 the last one of a launch must succeed.
 """
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from mistral_dist import checkpoint, config
 from mistral_dist.checkpoint import Snapshot
 from mistral_dist.errors import CheckpointError, MachineError, MistralDistError, TrainingError
+from mistral_dist.files import describe, remedy
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime import process
 
@@ -49,6 +49,7 @@ class Saver:
         """Of the newest checkpoint that is there; 0 for none."""
         self.trouble = ""
         """Why the last save failed; empty where it did not."""
+        self._remedy = ""
         self.seconds = 0.0
         """That the last save took, from gather to publishing."""
         self._run = run
@@ -88,6 +89,7 @@ class Saver:
         if outcome.problem is None:
             self.step = outcome.step
         else:
+            self._remedy = remedy(outcome.problem)
             self._say(f"note: {outcome.told}; tried again at the next save")
         return True
 
@@ -104,7 +106,7 @@ class Saver:
         self.newest()
         if self.trouble:
             ahead = f"it goes on from checkpoint-{self.step}" if self.step else "it begins anew, since there is no checkpoint"
-            raise MachineError(f"{self.trouble}; make room there, or make it writable, and run the same command again: {ahead}")
+            raise MachineError(f"{self.trouble}; {self._remedy} and run the same command again: {ahead}")
 
     def take_clocks(self) -> dict[str, dict[str, float]]:
         """How long the last save took, for the metrics, once; empty until it is known."""
@@ -131,17 +133,7 @@ class Saver:
         told = ""
         step = snapshot.progress.step
         if isinstance(problem, OSError):
-            told = describe(problem, f"checkpoint-{step}", self._run, snapshot.bytes)
+            told = describe(problem, f"checkpoint-{step}", self._run.path, snapshot.bytes)
         elif isinstance(problem, CheckpointError):
             problem = CheckpointError(f"{self._run.path}: checkpoint-{step} was not saved: {problem}")
         self._outcome = Outcome(step, waited, gathered, time.monotonic() - started, problem, told)
-
-
-def describe(error: OSError, what: str, run: RunDirectory, needed: int) -> str:
-    """Why something could not be saved, in one line, with the bytes that it needs and those that are free."""
-    why = error.strerror or str(error)
-    try:
-        free = f"{shutil.disk_usage(run.path).free:,} are free"
-    except OSError as other:
-        free = f"how many are free cannot be told ({other.strerror})"
-    return f"{run.path}: {what} could not be saved: {why} (it needs {needed:,} bytes, {free})"

@@ -358,8 +358,13 @@ def test_a_lease_that_could_not_be_read_for_a_moment_is_renewed_again(run: RunDi
     monkeypatch.setattr(Lease, "RENEW", 0.02)
     with Lease(run) as lease:
         content = (run.path / "lease.json").read_text()
-        write_text(run.path / "lease.json", content[:20])
-        time.sleep(0.2)
+
+        def is_damaged() -> bool:
+            write_text(run.path / "lease.json", content[:20])
+            time.sleep(0.1)  # a renewal under way may yet replace it
+            return (run.path / "lease.json").read_text() == content[:20]
+
+        until(is_damaged)
         with pytest.raises(OSError, match="the lease cannot be read"):
             run.check_publishing()
         write_text(run.path / "lease.json", content)
