@@ -118,22 +118,23 @@ class Saver:
             self._thread.join()
 
     def _write(self, snapshot: Snapshot, waited: float, gathered: float) -> None:
-        process.give_way()
-        started = time.monotonic()
-        problem: Exception | None = None
+        started, step, told = time.monotonic(), snapshot.progress.step, ""
+        problem: Exception | None = TrainingError(f"{self._run.path}: the writer of checkpoint-{step} ended without a word")
         try:
+            process.give_way()
             self._run.check_publishing()
             # a checkpoint claims that its steps were made: their lines come first
             self._run.sync()
             checkpoint.save(self._run.checkpoints, snapshot, self._rules, self._run.check_publishing, self._reach)
-        except (OSError, MistralDistError) as error:
+            problem = None
+        except OSError as error:
+            problem = error
+            told = describe(error, f"checkpoint-{step}", self._run.path, snapshot.bytes)
+        except CheckpointError as error:
+            problem = CheckpointError(f"{self._run.path}: checkpoint-{step} was not saved: {error}")
+        except MistralDistError as error:
             problem = error
         except Exception as error:
             problem = TrainingError(f"{type(error).__name__}: {error}")
-        told = ""
-        step = snapshot.progress.step
-        if isinstance(problem, OSError):
-            told = describe(problem, f"checkpoint-{step}", self._run.path, snapshot.bytes)
-        elif isinstance(problem, CheckpointError):
-            problem = CheckpointError(f"{self._run.path}: checkpoint-{step} was not saved: {problem}")
-        self._outcome = Outcome(step, waited, gathered, time.monotonic() - started, problem, told)
+        finally:
+            self._outcome = Outcome(step, waited, gathered, time.monotonic() - started, problem, told)

@@ -19,6 +19,7 @@ from mistral_dist.config import Checkpoint
 from mistral_dist.ending import end, publish
 from mistral_dist.errors import FINISHED, CheckpointError, MachineError, TrainingError
 from mistral_dist.run import Lease, RunDirectory, holder
+from mistral_dist.runtime import process
 from mistral_dist.saver import Saver
 from tests.launch import fill, small_disk
 from tests.unit.test_checkpoint import NAME, snapshot
@@ -186,6 +187,13 @@ def test_what_nobody_expected_ends_the_run(saver: Saver, monkeypatch: pytest.Mon
     saver.start(snapshot(5), 0.0)
     with pytest.raises(TrainingError, match="ZeroDivisionError"):
         saver.newest()
+
+
+def test_a_writer_that_may_not_give_way_ends_with_an_outcome(saver: Saver, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "give_way", fails_with(errno.EACCES))
+    saver.start(snapshot(5), 0.0)
+    assert saver.newest() == 0
+    assert "checkpoint-5 could not be saved: Permission denied" in said[0]
 
 
 def test_a_run_that_was_taken_over_is_left_alone(run: RunDirectory, saver: Saver) -> None:
