@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import FAILED, STOPPED, MistralDistError, StopAgreed
+from mistral_dist.errors import FAILED, STOPPED, MachineError, MistralDistError, StopAgreed
 from mistral_dist.run import Lease, RunDirectory
 from mistral_dist.runtime.engine import Runtime
 
@@ -19,18 +19,22 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
     with ExitStack() as held:
 
         def take() -> None:
-            held.enter_context(Lease(run))
+            try:
+                held.enter_context(Lease(run))
+            except MachineError as error:  # where another holds the run, nothing is written
+                note_failure(run, error)
+                raise
             held.enter_context(run.closing)
-            run.begin(recipe)
 
         runtime.on_main(take)
-        runtime.watch(
-            recipe.train.stall_seconds,
-            stacks=run.path / "stacks",
-            report=lambda message: run.set_status("failed", FAILED, message),
-            say=lambda line: print(line, flush=True),
-        )
         try:
+            runtime.on_main(lambda: run.begin(recipe))
+            runtime.watch(
+                recipe.train.stall_seconds,
+                stacks=run.path / "stacks",
+                report=lambda message: run.set_status("failed", FAILED, message),
+                say=lambda line: print(line, flush=True),
+            )
             yield run
         except Exception as error:
             # while the lease is still held

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistral_dist.config import Recipe, changed_fields
-from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.files import read_json, replace_text, write_text
+from mistral_dist.errors import MachineError, RunError, TrainingError
+from mistral_dist.files import describe, read_json, remedy, replace_text, write_text
 from mistral_dist.journal import Journal, step_of
 from mistral_dist.runtime import process
 
@@ -176,12 +176,12 @@ class Lease:
         return time.monotonic() - self.renewed > self.EXPIRES
 
     def __enter__(self) -> "Lease":
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        while not self._try():
-            found = read_json(self._file)
-            check_free(self._file.parent)
-            if found is not None:
-                self._remove(found.get("token"))
+        """Raises RunError where another holds the run, MachineError where the folder cannot be written."""
+        try:
+            self._take()
+        except OSError as error:
+            told = describe(error, "who writes there", self._file.parent)
+            raise MachineError(f"{told}; {remedy(error)} and run the same command again") from error
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -195,6 +195,14 @@ class Lease:
             if not self.lost:
                 self._file.unlink(missing_ok=True)
 
+    def _take(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        while not self._try():
+            found = read_json(self._file)
+            check_free(self._file.parent)
+            if found is not None:
+                self._remove(found.get("token"))
+
     def _content(self) -> str:
         started_by = process.environment(process.LAUNCHER) or process.identity()
         holder = {"host": _host(), "process": process.identity(), "started_by": started_by}
@@ -202,14 +210,14 @@ class Lease:
 
     def _try(self) -> bool:
         aside = self._file.with_name(f".lease-{self._token}")
-        aside.write_text(self._content(), encoding="utf-8")
         try:
+            aside.write_text(self._content(), encoding="utf-8")
             os.link(aside, self._file)  # fails where the file exists; the content is there from the first moment
             return True
         except FileExistsError:
             return False
         finally:
-            aside.unlink()
+            aside.unlink(missing_ok=True)
 
     def _remove(self, token: Any) -> None:
         """Remove a dead holder's file, but not that of another who has taken over from it in the meantime."""

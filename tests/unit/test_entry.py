@@ -1,0 +1,84 @@
+"""A rank's way out of a run directory: why it failed is noted, whatever stands in the way of it."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mistral_dist import workflow
+from mistral_dist.config import Recipe
+from mistral_dist.entry import open_run
+from mistral_dist.errors import MachineError, RunError
+from mistral_dist.run import Lease, RunDirectory
+from tests.unit.test_run import RECIPE
+
+
+def nothing(*_: object, **__: object) -> None:
+    """An action without effect."""
+
+
+def rank(watch: Callable[..., None] = nothing) -> Any:
+    """A group of one rank."""
+    return SimpleNamespace(on_main=lambda action: action(), watch=watch, explain=lambda error: error)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, run: RunDirectory) -> Recipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return Recipe.load(path, [f"run.dir={run.path}"])
+
+
+def told(run: RunDirectory) -> tuple[str, int, str]:
+    status = run.status() or {}
+    return status["state"], status["exit_code"], status["message"]
+
+
+def test_a_run_that_cannot_be_held_for_want_of_room_says_so(run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(MachineError), open_run(recipe, rank()):
+        pass
+    state, code, message = told(run)
+    assert (state, code) == ("failed", 2)
+    for words in (str(run.path), "No space left on device", "bytes are free", "make room", "run the same command again"):
+        assert words in message
+    assert [path.name for path in run.path.iterdir()] == ["status.json"]
+
+
+def test_what_fails_before_the_training_begins_is_noted(run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="No space"), open_run(recipe, rank(watch=full)):
+        pass
+    assert told(run) == ("failed", 1, "OSError: [Errno 28] No space left on device")
+    run.set_status("stopped", 85, "stopped")
+    monkeypatch.setattr(RunDirectory, "begin", full)
+    with pytest.raises(OSError, match="No space"), open_run(recipe, rank()):
+        pass
+    assert told(run)[0] == "failed"
+
+
+def test_where_another_holds_the_run_nothing_is_noted(run: RunDirectory, recipe: Recipe) -> None:
+    with Lease(run):
+        run.set_status("running", None, "training")
+        with pytest.raises(RunError, match="in use by"), open_run(recipe, rank()):
+            pass
+    assert (run.status() or {})["message"] == "training"
+
+
+def test_an_end_that_cannot_be_written_is_told_with_the_remedy(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even the status has room, the launcher meets the same full disk."""
+    monkeypatch.setattr(run, "set_status", full)
+    with pytest.raises(MachineError, match=r"No space left on device .*bytes are free.*make room"):
+        workflow._ended(run, 1, None, 1.0, None)
