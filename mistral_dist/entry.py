@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import FAILED, STOPPED, MachineError, MistralDistError, StopAgreed
+from mistral_dist.errors import FAILED, STOPPED, MachineError, MistralDistError, RunError, StopAgreed
 from mistral_dist.run import Lease, RunDirectory
 from mistral_dist.runtime.engine import Runtime
 
@@ -60,9 +60,10 @@ def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> 
 
 
 def note_failure(run: RunDirectory, error: Exception) -> None:
-    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept."""
+    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept. A finished run stays so."""
     known = isinstance(error, MistralDistError)
-    with suppress(OSError):  # a full disk must not hide what went wrong
-        if known or (run.status() or {}).get("state") != "failed":
+    with suppress(OSError, RunError):  # a full disk or a damaged status must not hide what went wrong
+        state = (run.status() or {}).get("state")
+        if state != "finished" and (known or state != "failed"):
             code = error.exit_code if isinstance(error, MistralDistError) else FAILED
             run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])

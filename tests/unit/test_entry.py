@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from mistral_dist import workflow
+from mistral_dist import train, workflow
 from mistral_dist.config import Recipe
 from mistral_dist.entry import open_run
-from mistral_dist.errors import MachineError, RunError
+from mistral_dist.errors import DataError, MachineError, RecipeError, RunError
 from mistral_dist.run import Lease, RunDirectory
+from mistral_dist.runtime.process import StopRequest
 from tests.unit.test_run import RECIPE
 
 
@@ -28,6 +29,10 @@ def rank(watch: Callable[..., None] = nothing) -> Any:
 
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def too_many(*_: object) -> None:
+    raise RecipeError("too many ranks")
 
 
 @pytest.fixture
@@ -82,3 +87,30 @@ def test_an_end_that_cannot_be_written_is_told_with_the_remedy(run: RunDirectory
     monkeypatch.setattr(run, "set_status", full)
     with pytest.raises(MachineError, match=r"No space left on device .*bytes are free.*make room"):
         workflow._ended(run, 1, None, 1.0, None)
+
+
+def test_a_damaged_status_does_not_hide_what_went_wrong(run: RunDirectory, recipe: Recipe) -> None:
+    run.path.mkdir()
+    (run.path / "status.json").write_text("{")
+    with pytest.raises(DataError, match="no JSON"), open_run(recipe, rank()):
+        raise DataError("x.jsonl:7: no JSON")
+
+
+def test_a_rank_that_cannot_join_says_why_where_the_lease_is_damaged(
+    run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "Runtime", too_many)
+    run.path.mkdir()
+    (run.path / "lease.json").write_text("{")
+    with pytest.raises(RecipeError, match="too many ranks"):
+        train.join(recipe, StopRequest())
+    assert run.status() is None, "it may be held by another"
+
+
+def test_a_finished_run_is_not_failed_by_ranks_that_cannot_join(run: RunDirectory, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "Runtime", too_many)
+    for before, after in (("stopped", "failed"), ("finished", "finished")):
+        run.set_status(before, None, "")  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match="too many ranks"):
+            train.join(recipe, StopRequest())
+        assert (run.status() or {})["state"] == after
