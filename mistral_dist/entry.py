@@ -18,15 +18,16 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
     run = RunDirectory(recipe.run_dir)
     with ExitStack() as held:
 
-        def take() -> None:
+        def take() -> str:
             try:
-                held.enter_context(Lease(run))
+                lease = held.enter_context(Lease(run))
             except MachineError as error:  # where another holds the run, nothing is written
                 note_failure(run, error)
                 raise
             held.enter_context(run.closing)
+            return lease.token
 
-        runtime.on_main(take)
+        run.token = runtime.on_main(take)
         try:
             runtime.on_main(lambda: run.begin(recipe))
             runtime.watch(
@@ -63,7 +64,13 @@ def note_failure(run: RunDirectory, error: Exception) -> None:
     """Write the reason into the status. Any rank may fail first; what says more about the cause is kept. A finished run stays so."""
     known = isinstance(error, MistralDistError)
     with suppress(OSError, RunError):  # a full disk or a damaged status must not hide what went wrong
-        state = (run.status() or {}).get("state")
-        if state != "finished" and (known or state != "failed"):
-            code = error.exit_code if isinstance(error, MistralDistError) else FAILED
-            run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
+        before = run.status() or {}
+        is_told = not known and before.get("state") == "failed"
+        if before.get("state") == "finished" or (is_told and not run.saved):
+            return
+        code = error.exit_code if isinstance(error, MistralDistError) else FAILED
+        message = str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0]
+        if is_told:
+            code, message = before["exit_code"], before["message"]
+        step = max(before.get("step") or 0, run.saved)
+        run.set_status("failed", code, message, **({"step": step, "checkpoint": f"checkpoint-{run.saved}"} if run.saved else {}))

@@ -44,6 +44,10 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.log = path / "log.txt"
         self.lease: Lease | None = None
+        self.token = ""
+        """Of the lease of this group of ranks; empty in a process that belongs to none."""
+        self.saved = 0
+        """The step of the newest checkpoint, for what is told after the session has ended; 0 where this process has written none."""
         self.closing = contextlib.ExitStack()
         """What must have ended before the lease is given back."""
         self._journals: dict[str, Journal] = {}
@@ -71,7 +75,7 @@ class RunDirectory:
 
         Raises OSError where the folder cannot be written, or may not because the lease has expired.
         """
-        if self._is_expired() or (self.lease is not None and self.lease.lost):
+        if self._is_expired() or (self.lease is not None and self.lease.lost) or self._is_anothers():
             raise OSError(errno.ETIMEDOUT, "the lease could not be renewed, or another holds it", str(self.path))
         before = self.status() or {}
         kept = {key: before.get(key) for key in ("step", "steps", "checkpoint")}
@@ -111,6 +115,14 @@ class RunDirectory:
 
     def _journal(self, name: str) -> Journal:
         return self._journals.setdefault(name, Journal(self.path / name))
+
+    def _is_anothers(self) -> bool:
+        """Whether the lease bears the token of another group, as a rank that does not hold it itself sees it.
+
+        Where it is gone, the first rank of this group has given it back.
+        """
+        found = read_json(self.path / "lease.json") if self.token and self.lease is None else None
+        return found is not None and found.get("token") != self.token
 
     def _is_expired(self) -> bool:
         return self.lease is not None and self.lease.expired
@@ -162,7 +174,8 @@ class Lease:
     def __init__(self, run: RunDirectory) -> None:
         run.lease = self
         self._file = run.path / "lease.json"
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """By which its holder knows it."""
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.lost = False
@@ -206,10 +219,10 @@ class Lease:
     def _content(self) -> str:
         started_by = process.environment(process.LAUNCHER) or process.identity()
         holder = {"host": _host(), "process": process.identity(), "started_by": started_by}
-        return json.dumps({**holder, "token": self._token, "renewed": time.time()})
+        return json.dumps({**holder, "token": self.token, "renewed": time.time()})
 
     def _try(self) -> bool:
-        aside = self._file.with_name(f".lease-{self._token}")
+        aside = self._file.with_name(f".lease-{self.token}")
         try:
             aside.write_text(self._content(), encoding="utf-8")
             os.link(aside, self._file)  # fails where the file exists; the content is there from the first moment
@@ -221,7 +234,7 @@ class Lease:
 
     def _remove(self, token: Any) -> None:
         """Remove a dead holder's file, but not that of another who has taken over from it in the meantime."""
-        grave = self._file.with_name(f".lease-old-{self._token}")
+        grave = self._file.with_name(f".lease-old-{self.token}")
         try:
             self._file.rename(grave)
         except FileNotFoundError:
@@ -237,7 +250,7 @@ class Lease:
             found = read_json(self._file)
         except RunError as error:  # half a file: a disk that is full or away may mend
             raise OSError(errno.EIO, "the lease cannot be read", str(self._file)) from error
-        self.lost = self.lost or (found or {}).get("token") != self._token
+        self.lost = self.lost or (found or {}).get("token") != self.token
 
     def _renew(self) -> None:
         while not self._over.wait(self.RENEW):

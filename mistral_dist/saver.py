@@ -8,6 +8,7 @@ the last one of a launch must succeed.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mistral_dist import checkpoint, config
@@ -59,8 +60,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._waited = 0.0
+        self._has_saved = False
         self._clocks: dict[str, float] = {}
-        run.closing.callback(self._join)
+        run.closing.callback(self._close)
 
     def start(self, snapshot: Snapshot, gathered: float) -> None:
         """Begin to write what it took `gathered` seconds to gather, after `newest` has waited for what was written before."""
@@ -87,7 +89,7 @@ class Saver:
         self.trouble, self._clocks = outcome.told, outcome.clocks()
         self.seconds = outcome.gather_seconds + outcome.write_seconds
         if outcome.problem is None:
-            self.step = outcome.step
+            self.step, self._has_saved = outcome.step, True
         else:
             self._remedy = remedy(outcome.problem)
             self._say(f"note: {outcome.told}; tried again at the next save")
@@ -112,6 +114,13 @@ class Saver:
         """How long the last save took, for the metrics, once; empty until it is known."""
         clocks, self._clocks = self._clocks, {}
         return {"save": clocks} if clocks else {}
+
+    def _close(self) -> None:
+        """Wait for what is being written; what is told of the run's end then names it."""
+        with suppress(Exception):  # the run ends anyway, and for another reason
+            self.newest()
+        if self._has_saved:
+            self._run.saved = self.step
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from mistral_dist import train, workflow
-from mistral_dist.config import Recipe
+from mistral_dist.config import Checkpoint, Recipe
 from mistral_dist.entry import open_run
 from mistral_dist.errors import DataError, MachineError, RecipeError, RunError
 from mistral_dist.run import Lease, RunDirectory
 from mistral_dist.runtime.process import StopRequest
-from tests.unit.test_run import RECIPE
+from mistral_dist.saver import Saver
+from tests.unit.test_checkpoint import snapshot
+from tests.unit.test_run import RECIPE, foreign
 
 
 def nothing(*_: object, **__: object) -> None:
@@ -25,6 +27,12 @@ def nothing(*_: object, **__: object) -> None:
 def rank(watch: Callable[..., None] = nothing) -> Any:
     """A group of one rank."""
     return SimpleNamespace(on_main=lambda action: action(), watch=watch, explain=lambda error: error)
+
+
+def second(token: str) -> Any:
+    """The second rank of a group that holds a lease with this token."""
+    outcomes = iter([token, None])
+    return SimpleNamespace(on_main=lambda _: next(outcomes), watch=nothing, explain=lambda error: error)
 
 
 def full(*_: object, **__: object) -> None:
@@ -114,3 +122,47 @@ def test_a_finished_run_is_not_failed_by_ranks_that_cannot_join(run: RunDirector
         with pytest.raises(RecipeError, match="too many ranks"):
             train.join(recipe, StopRequest())
         assert (run.status() or {})["state"] == after
+
+
+def test_a_rank_without_the_lease_writes_nothing_where_another_group_has_taken_over(run: RunDirectory, recipe: Recipe) -> None:
+    with pytest.raises(DataError), open_run(recipe, second("mine")):
+        raise DataError("written")
+    foreign(run, 0)
+    with pytest.raises(DataError), open_run(recipe, second("mine")):
+        raise DataError("too late")
+    assert told(run) == ("failed", 2, "written")
+    with pytest.raises(DataError), open_run(recipe, second("t")):
+        raise DataError("of the holder's group")
+    assert told(run) == ("failed", 2, "of the holder's group")
+
+
+@pytest.mark.parametrize("peer", [False, True])
+def test_a_failure_names_the_checkpoint_that_was_written_meanwhile(run: RunDirectory, recipe: Recipe, peer: bool) -> None:
+    with pytest.raises(OSError, match="Connection"), open_run(recipe, rank()) as held:
+        fail_while_saving(held, peer)
+    assert told(run) == (("failed", 2, "x.jsonl:7: no JSON") if peer else ("failed", 1, "OSError: Connection closed by peer"))
+    status = run.status() or {}
+    assert (status["step"], status["checkpoint"]) == (5, "checkpoint-5")
+
+
+def test_the_failure_of_an_older_launch_is_not_told_anew(run: RunDirectory, recipe: Recipe) -> None:
+    run.set_status("failed", 2, "x.jsonl:7: no JSON", step=5, checkpoint="checkpoint-5")
+    before = run.status()
+    with pytest.raises(OSError, match="Connection"), open_run(recipe, rank()) as held:
+        fail_while_loading(held)
+    assert run.status() == before
+
+
+def fail_while_loading(run: RunDirectory) -> None:
+    """Lose another rank when the checkpoint to go on from is found."""
+    Saver(run, Checkpoint(), nothing).step = 5
+    raise OSError("Connection closed by peer")
+
+
+def fail_while_saving(run: RunDirectory, peer: bool) -> None:
+    """Lose another rank; where `peer`, it has said why."""
+    run.set_status("running", None, "training", step=4, steps=9, checkpoint=None)
+    Saver(run, Checkpoint(), nothing).start(snapshot(5), 0.0)
+    if peer:
+        run.set_status("failed", 2, "x.jsonl:7: no JSON")
+    raise OSError("Connection closed by peer")
