@@ -36,7 +36,10 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunDirectory:
-    """The files of one run. Only the holder of the lease writes, and only its main thread; but any of its threads may `sync`."""
+    """The files of one run. The holder of the lease writes: its main thread, its saver the checkpoints; any thread may `sync`.
+
+    Why it ended may be noted in the status by any rank of the holder's group, also by its watch.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,8 +1,8 @@
 """Checkpoints in the background: the step loop waits for gather and copy, a thread of rank 0 for the disk.
 
-The thread calls no collective and touches nothing of the run but the checkpoint's folder; metrics and status are the main
-thread's. One write at a time. A save that fails ends nothing: it is told once, in one line, and tried again at the next; only
-the last one of a launch must succeed.
+The thread calls no collective. Of the run it writes the checkpoint's folder; it also looks at the lease, which it may find lost,
+and syncs what the steps have appended. Metrics and status are the main thread's to write. One write at a time. A save that fails
+ends nothing: it is told once, in one line, and tried again at the next; only the last one of a launch must succeed.
 """
 
 import threading
