@@ -1,13 +1,15 @@
 """How a run in training ends: its result, and what its status says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mistral_dist import checkpoint
 from mistral_dist.card import model_card
 from mistral_dist.checkpoint import Tensors
 from mistral_dist.errors import FINISHED, MachineError
-from mistral_dist.files import sweep
-from mistral_dist.saver import describe
+from mistral_dist.files import describe, remedy, sweep
+from mistral_dist.run import RunDirectory
 from mistral_dist.session import Session, name_of
 
 
@@ -19,18 +21,25 @@ def publish(session: Session, tokenizer: Any) -> str:
     run, last = session.run, session.runtime.gather_adapter()
 
     def write() -> str:
-        run.check_publishing()
-        sweep(run.path)
-        step, adapter = _chosen(session, last)
-        card = model_card(session.recipe, session.feed.about, step)
-        try:
+        with _with_remedy(run, "the adapter", sum(tensor.nbytes for tensor in last.values())):
+            run.check_publishing()
+            sweep(run.path)
+            step, adapter = _chosen(session, last)
+            card = model_card(session.recipe, session.feed.about, step)
             checkpoint.publish_adapter(run.adapter, adapter, session.adapter_config(), tokenizer, card)
-        except OSError as error:
-            told = describe(error, "the adapter", run, sum(tensor.nbytes for tensor in adapter.values()))
-            raise MachineError(f"{told}; make room and run the same command again: nothing is trained anew") from error
         return _which(session, step)
 
     return session.runtime.on_main(write)
+
+
+@contextmanager
+def _with_remedy(run: RunDirectory, what: str, needed: int | None = None) -> Iterator[None]:
+    """Raise MachineError, which says what to do, for a run directory that cannot be written. All is trained, and in a checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        told = describe(error, what, run.path, needed)
+        raise MachineError(f"{told}; {remedy(error)} and run the same command again: nothing is trained anew") from error
 
 
 def _chosen(session: Session, last: Tensors) -> tuple[int, Tensors]:
@@ -57,11 +66,17 @@ def _which(session: Session, step: int) -> str:
 def end(session: Session, code: int, more: str = "") -> int:
     """Note how the run ended, FINISHED or STOPPED (there is a checkpoint in either case); return the code.
 
+    Raises MachineError where that cannot be written.
+
     `more`, in words: of a run that is stopped, by what or on whose request; of one that is finished, which adapter it has published.
     """
     step, steps = session.progress.step, session.steps
 
     def note() -> None:
+        with _with_remedy(session.run, "how the run ended"):
+            write()
+
+    def write() -> None:
         session.run.sync()
         told = [f"at step {step} of {steps}"]
         quarantine = session.run.path / "quarantine.jsonl"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import FAILED, STOPPED, MistralDistError, StopAgreed
+from mistral_dist.errors import FAILED, STOPPED, MachineError, MistralDistError, RunError, StopAgreed
 from mistral_dist.run import Lease, RunDirectory
 from mistral_dist.runtime.engine import Runtime
 
@@ -18,19 +18,24 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
     run = RunDirectory(recipe.run_dir)
     with ExitStack() as held:
 
-        def take() -> None:
-            held.enter_context(Lease(run))
+        def take() -> str:
+            try:
+                lease = held.enter_context(Lease(run))
+            except MachineError as error:  # where another holds the run, nothing is written
+                note_failure(run, error)
+                raise
             held.enter_context(run.closing)
-            run.begin(recipe)
+            return lease.token
 
-        runtime.on_main(take)
-        runtime.watch(
-            recipe.train.stall_seconds,
-            stacks=run.path / "stacks",
-            report=lambda message: run.set_status("failed", FAILED, message),
-            say=lambda line: print(line, flush=True),
-        )
+        run.token = runtime.on_main(take)
         try:
+            runtime.on_main(lambda: run.begin(recipe))
+            runtime.watch(
+                recipe.train.stall_seconds,
+                stacks=run.path / "stacks",
+                report=lambda message: run.set_status("failed", FAILED, message),
+                say=lambda line: print(line, flush=True),
+            )
             yield run
         except Exception as error:
             # while the lease is still held
@@ -56,9 +61,16 @@ def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> 
 
 
 def note_failure(run: RunDirectory, error: Exception) -> None:
-    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept."""
+    """Write the reason into the status. Any rank may fail first; what says more about the cause is kept. A finished run stays so."""
     known = isinstance(error, MistralDistError)
-    with suppress(OSError):  # a full disk must not hide what went wrong
-        if known or (run.status() or {}).get("state") != "failed":
-            code = error.exit_code if isinstance(error, MistralDistError) else FAILED
-            run.set_status("failed", code, str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0])
+    with suppress(OSError, RunError):  # a full disk or a damaged status must not hide what went wrong
+        before = run.status() or {}
+        is_told = not known and before.get("state") == "failed"
+        if before.get("state") == "finished" or (is_told and not run.saved):
+            return
+        code = error.exit_code if isinstance(error, MistralDistError) else FAILED
+        message = str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0]
+        if is_told:
+            code, message = before["exit_code"], before["message"]
+        step = max(before.get("step") or 0, run.saved)
+        run.set_status("failed", code, message, **({"step": step, "checkpoint": f"checkpoint-{run.saved}"} if run.saved else {}))

@@ -57,6 +57,24 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return content
 
 
+def describe(error: OSError, what: str, folder: Path, needed: int | None = None) -> str:
+    """Why something could not be saved in a folder, in one line, with the bytes that are free, and those that it needs if known."""
+    why = error.strerror or str(error)
+    needs, unit = ("", " bytes") if needed is None else (f"it needs {needed:,} bytes, ", "")
+    try:
+        free = f"{shutil.disk_usage(folder).free:,}{unit} are free"
+    except OSError as other:
+        free = f"how many{unit} are free cannot be told ({other.strerror})"
+    return f"{folder}: {what} could not be saved: {why} ({needs}{free})"
+
+
+def remedy(error: OSError) -> str:
+    """What the user can do about a folder that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make room there, or make it writable,"
+    return "see that its disk or file server answers"
+
+
 def aside_of(target: Path) -> Path:
     """A fresh name beside a folder, to write it under."""
     return target.with_name(f"{ASIDE}{target.name}-{uuid.uuid4().hex[:8]}")

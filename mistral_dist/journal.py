@@ -1,4 +1,6 @@
-"""Files of lines that only grow: metrics, data order, quarantine. A full disk or a kill does not spoil them.
+"""Files of lines that grow, and are cut back where steps are made again: metrics, data order, quarantine.
+
+A full disk or a kill does not spoil them.
 
 A line that cannot be written waits in memory for the next one. What was written is kept, too, until an fsync has said
 that it is on the disk: a failed one may have lost it, and is silent about it the second time. Every byte has its place in the
@@ -22,7 +24,7 @@ BLOCK = 64 * 1024
 
 
 class Journal:
-    """One file of JSON lines with a field `step` that never falls. One thread appends; any thread may sync."""
+    """One file of JSON lines; in one that is cut back they have a field `step` that never falls. One thread appends; any may sync."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

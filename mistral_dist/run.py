@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistral_dist.config import Recipe, changed_fields
-from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.files import read_json, replace_text, write_text
+from mistral_dist.errors import MachineError, RunError, TrainingError
+from mistral_dist.files import describe, read_json, remedy, replace_text, write_text
 from mistral_dist.journal import Journal, step_of
 from mistral_dist.runtime import process
 
@@ -36,7 +36,10 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 
 class RunDirectory:
-    """The files of one run. Only the holder of the lease writes, and only its main thread; but any of its threads may `sync`."""
+    """The files of one run. The holder of the lease writes: its main thread, its saver the checkpoints; any thread may `sync`.
+
+    Why it ended may be noted in the status by any rank of the holder's group, also by its watch.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,6 +47,10 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.log = path / "log.txt"
         self.lease: Lease | None = None
+        self.token = ""
+        """Of the lease of this group of ranks; empty in a process that belongs to none."""
+        self.saved = 0
+        """The step of the newest checkpoint, for what is told after the session has ended; 0 where this process has written none."""
         self.closing = contextlib.ExitStack()
         """What must have ended before the lease is given back."""
         self._journals: dict[str, Journal] = {}
@@ -71,7 +78,7 @@ class RunDirectory:
 
         Raises OSError where the folder cannot be written, or may not because the lease has expired.
         """
-        if self._is_expired() or (self.lease is not None and self.lease.lost):
+        if self._is_expired() or (self.lease is not None and self.lease.lost) or self._is_anothers():
             raise OSError(errno.ETIMEDOUT, "the lease could not be renewed, or another holds it", str(self.path))
         before = self.status() or {}
         kept = {key: before.get(key) for key in ("step", "steps", "checkpoint")}
@@ -111,6 +118,14 @@ class RunDirectory:
 
     def _journal(self, name: str) -> Journal:
         return self._journals.setdefault(name, Journal(self.path / name))
+
+    def _is_anothers(self) -> bool:
+        """Whether the lease bears the token of another group, as a rank that does not hold it itself sees it.
+
+        Where it is gone, the first rank of this group has given it back.
+        """
+        found = read_json(self.path / "lease.json") if self.token and self.lease is None else None
+        return found is not None and found.get("token") != self.token
 
     def _is_expired(self) -> bool:
         return self.lease is not None and self.lease.expired
@@ -156,12 +171,16 @@ class Lease:
 
     RENEW = 15.0
     EXPIRES = 120.0
+    PATIENCE = 10.0
+    """Seconds that giving it back waits for a renewal under way."""
 
     def __init__(self, run: RunDirectory) -> None:
         run.lease = self
         self._file = run.path / "lease.json"
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """By which its holder knows it."""
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
         self.lost = False
         """Another process holds the run now."""
         self.renewed = time.monotonic()
@@ -173,39 +192,52 @@ class Lease:
         return time.monotonic() - self.renewed > self.EXPIRES
 
     def __enter__(self) -> "Lease":
+        """Raises RunError where another holds the run, MachineError where the folder cannot be written."""
+        try:
+            self._take()
+        except OSError as error:
+            told = describe(error, "who writes there", self._file.parent)
+            raise MachineError(f"{told}; {remedy(error)} and run the same command again") from error
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(self.PATIENCE)  # or it would put back what is removed here
+        with contextlib.suppress(OSError):  # where it cannot be seen whose it is, it is left to expire
+            self.look()
+            if not self.lost:
+                self._file.unlink(missing_ok=True)
+
+    def _take(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         while not self._try():
             found = read_json(self._file)
             check_free(self._file.parent)
             if found is not None:
                 self._remove(found.get("token"))
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        if not self.lost and (read_json(self._file) or {}).get("token") == self._token:
-            self._file.unlink(missing_ok=True)
 
     def _content(self) -> str:
         started_by = process.environment(process.LAUNCHER) or process.identity()
         holder = {"host": _host(), "process": process.identity(), "started_by": started_by}
-        return json.dumps({**holder, "token": self._token, "renewed": time.time()})
+        return json.dumps({**holder, "token": self.token, "renewed": time.time()})
 
     def _try(self) -> bool:
-        aside = self._file.with_name(f".lease-{self._token}")
-        aside.write_text(self._content(), encoding="utf-8")
+        aside = self._file.with_name(f".lease-{self.token}")
         try:
+            aside.write_text(self._content(), encoding="utf-8")
             os.link(aside, self._file)  # fails where the file exists; the content is there from the first moment
             return True
         except FileExistsError:
             return False
         finally:
-            aside.unlink()
+            aside.unlink(missing_ok=True)
 
     def _remove(self, token: Any) -> None:
         """Remove a dead holder's file, but not that of another who has taken over from it in the meantime."""
-        grave = self._file.with_name(f".lease-old-{self._token}")
+        grave = self._file.with_name(f".lease-old-{self.token}")
         try:
             self._file.rename(grave)
         except FileNotFoundError:
@@ -217,7 +249,11 @@ class Lease:
 
     def look(self) -> None:
         """Whether the run is still ours. Raises OSError where that cannot be seen."""
-        self.lost = self.lost or (read_json(self._file) or {}).get("token") != self._token
+        try:
+            found = read_json(self._file)
+        except RunError as error:  # half a file: a disk that is full or away may mend
+            raise OSError(errno.EIO, "the lease cannot be read", str(self._file)) from error
+        self.lost = self.lost or (found or {}).get("token") != self.token
 
     def _renew(self) -> None:
         while not self._over.wait(self.RENEW):

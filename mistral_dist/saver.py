@@ -1,19 +1,20 @@
 """Checkpoints in the background: the step loop waits for gather and copy, a thread of rank 0 for the disk.
 
-The thread calls no collective and touches nothing of the run but the checkpoint's folder; metrics and status are the main
-thread's. One write at a time. A save that fails ends nothing: it is told once, in one line, and tried again at the next; only
-the last one of a launch must succeed.
+The thread calls no collective. Of the run it writes the checkpoint's folder; it also looks at the lease, which it may find lost,
+and syncs what the steps have appended. Metrics and status are the main thread's to write. One write at a time. A save that fails
+ends nothing: it is told once, in one line, and tried again at the next; only the last one of a launch must succeed.
 """
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mistral_dist import checkpoint, config
 from mistral_dist.checkpoint import Snapshot
 from mistral_dist.errors import CheckpointError, MachineError, MistralDistError, TrainingError
+from mistral_dist.files import describe, remedy
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime import process
 
@@ -49,6 +50,7 @@ class Saver:
         """Of the newest checkpoint that is there; 0 for none."""
         self.trouble = ""
         """Why the last save failed; empty where it did not."""
+        self._remedy = ""
         self.seconds = 0.0
         """That the last save took, from gather to publishing."""
         self._run = run
@@ -58,8 +60,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._waited = 0.0
+        self._has_saved = False
         self._clocks: dict[str, float] = {}
-        run.closing.callback(self._join)
+        run.closing.callback(self._close)
 
     def start(self, snapshot: Snapshot, gathered: float) -> None:
         """Begin to write what it took `gathered` seconds to gather, after `newest` has waited for what was written before."""
@@ -86,8 +89,9 @@ class Saver:
         self.trouble, self._clocks = outcome.told, outcome.clocks()
         self.seconds = outcome.gather_seconds + outcome.write_seconds
         if outcome.problem is None:
-            self.step = outcome.step
+            self.step, self._has_saved = outcome.step, True
         else:
+            self._remedy = remedy(outcome.problem)
             self._say(f"note: {outcome.told}; tried again at the next save")
         return True
 
@@ -104,44 +108,42 @@ class Saver:
         self.newest()
         if self.trouble:
             ahead = f"it goes on from checkpoint-{self.step}" if self.step else "it begins anew, since there is no checkpoint"
-            raise MachineError(f"{self.trouble}; make room there, or make it writable, and run the same command again: {ahead}")
+            raise MachineError(f"{self.trouble}; {self._remedy} and run the same command again: {ahead}")
 
     def take_clocks(self) -> dict[str, dict[str, float]]:
         """How long the last save took, for the metrics, once; empty until it is known."""
         clocks, self._clocks = self._clocks, {}
         return {"save": clocks} if clocks else {}
 
+    def _close(self) -> None:
+        """Wait for what is being written; what is told of the run's end then names it."""
+        with suppress(Exception):  # the run ends anyway, and for another reason
+            self.newest()
+        if self._has_saved:
+            self._run.saved = self.step
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
 
     def _write(self, snapshot: Snapshot, waited: float, gathered: float) -> None:
-        process.give_way()
-        started = time.monotonic()
-        problem: Exception | None = None
+        started, step, told = time.monotonic(), snapshot.progress.step, ""
+        problem: Exception | None = TrainingError(f"{self._run.path}: the writer of checkpoint-{step} ended without a word")
         try:
+            process.give_way()
             self._run.check_publishing()
             # a checkpoint claims that its steps were made: their lines come first
             self._run.sync()
             checkpoint.save(self._run.checkpoints, snapshot, self._rules, self._run.check_publishing, self._reach)
-        except (OSError, MistralDistError) as error:
+            problem = None
+        except OSError as error:
+            problem = error
+            told = describe(error, f"checkpoint-{step}", self._run.path, snapshot.bytes)
+        except CheckpointError as error:
+            problem = CheckpointError(f"{self._run.path}: checkpoint-{step} was not saved: {error}")
+        except MistralDistError as error:
             problem = error
         except Exception as error:
             problem = TrainingError(f"{type(error).__name__}: {error}")
-        told = ""
-        step = snapshot.progress.step
-        if isinstance(problem, OSError):
-            told = describe(problem, f"checkpoint-{step}", self._run, snapshot.bytes)
-        elif isinstance(problem, CheckpointError):
-            problem = CheckpointError(f"{self._run.path}: checkpoint-{step} was not saved: {problem}")
-        self._outcome = Outcome(step, waited, gathered, time.monotonic() - started, problem, told)
-
-
-def describe(error: OSError, what: str, run: RunDirectory, needed: int) -> str:
-    """Why something could not be saved, in one line, with the bytes that it needs and those that are free."""
-    why = error.strerror or str(error)
-    try:
-        free = f"{shutil.disk_usage(run.path).free:,} are free"
-    except OSError as other:
-        free = f"how many are free cannot be told ({other.strerror})"
-    return f"{run.path}: {what} could not be saved: {why} (it needs {needed:,} bytes, {free})"
+        finally:
+            self._outcome = Outcome(step, waited, gathered, time.monotonic() - started, problem, told)

@@ -243,10 +243,12 @@ class Session:
         self.saver.start(snapshot, time.monotonic() - started)
 
     def _tell_status(self) -> None:
+        """Say how far the run is; that it has failed, as another rank of this launch may have said since it began, stays."""
         message = f"training; {self.saver.trouble}" if self.saver.trouble else "training"
         progress = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saver.step)}
         with suppress(OSError):  # a folder that cannot be written does not end the training
-            self.run.set_status("running", None, message, **progress)
+            if (self.run.status() or {}).get("state") != "failed":
+                self.run.set_status("running", None, message, **progress)
 
     def adapter_config(self) -> Any:
         """PEFT's configuration as it is saved: for inference, and the same bytes each time."""

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from mistral_dist.runtime.process import StopRequest
 
@@ -26,7 +27,7 @@ from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
 from mistral_dist.ending import end, publish
 from mistral_dist.entry import end_before_start, note_failure, open_run
-from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, StopAgreed
+from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, RunError, StopAgreed
 from mistral_dist.loss import refusing_infinity, summed_loss
 from mistral_dist.model import scoring
 from mistral_dist.optim import lr_at
@@ -184,8 +185,9 @@ def join(recipe: Recipe, stop: StopRequest) -> Runtime:
         runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **sharding, **versions(), **recipe_facts(recipe)})
         return runtime
     except Exception as error:
-        if holder(recipe.run_dir) is None:
-            note_failure(RunDirectory(recipe.run_dir), error)
+        with suppress(OSError, RunError):  # a lease that cannot be read may be another's
+            if holder(recipe.run_dir) is None:
+                note_failure(RunDirectory(recipe.run_dir), error)
         raise
 
 

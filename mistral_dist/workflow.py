@@ -13,8 +13,8 @@ from typing import Any
 from mistral_dist import assets, base_cache
 from mistral_dist.config import Recipe
 from mistral_dist.display import evaluating, following, minutes, say, track
-from mistral_dist.errors import FAILED, FINISHED, STOPPED, RecipeError, TrainingError
-from mistral_dist.files import read_json
+from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RecipeError, TrainingError
+from mistral_dist.files import describe, read_json, remedy
 from mistral_dist.run import RunDirectory, check_free, check_same, move_aside
 from mistral_dist.runtime import launcher
 from mistral_dist.runtime.causes import cause, memory_kills
@@ -213,5 +213,9 @@ def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds:
 
 
 def _fail(run: RunDirectory, message: str) -> dict[str, Any]:
-    run.set_status("failed", FAILED, message)
+    try:
+        run.set_status("failed", FAILED, message)
+    except OSError as error:  # what keeps this from being written has ended the workers, too
+        told = describe(error, "how the workers ended", run.path)
+        raise MachineError(f"{told}; {remedy(error)} and run the same command again") from error
     return run.status() or {}

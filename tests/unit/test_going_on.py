@@ -160,3 +160,16 @@ def test_a_run_that_may_not_go_back_says_why_and_what_helps(
     assert f"step 9: because; {spent}; start another run" in told
     assert "optim.learning_rate" in told and "log.txt" not in told
     assert (str(run.path / "untrained.jsonl") in told) == (refused > 0), "else the examples are not to blame"
+
+
+def test_that_another_rank_has_failed_stays_in_the_status(run: RunDirectory) -> None:
+    """The first rank makes a step more before it notices: the cause and its exit code are not lost."""
+    one = session(run)
+    run.set_status("failed", 2, "the mark of an older launch")
+    one._mark_start()
+    one._tell_status()
+    assert (run.status() or {})["state"] == "running"
+    run.set_status("failed", 2, "x.jsonl:7: no JSON")
+    one._tell_status()
+    status = run.status() or {}
+    assert (status["state"], status["exit_code"], status["message"]) == ("failed", 2, "x.jsonl:7: no JSON")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -334,6 +335,42 @@ def test_a_lease_is_renewed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) 
         first = json.loads((run.path / "lease.json").read_text())
         until(lambda: json.loads((run.path / "lease.json").read_text())["renewed"] > first["renewed"])
         assert json.loads((run.path / "lease.json").read_text())["token"] == first["token"]
+
+
+def test_a_renewal_under_way_does_not_put_back_a_lease_that_was_given_back(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_renewing, ended, real = threading.Event(), threading.Event(), module.replace_text
+
+    def slowly(file: Path, text: str) -> None:
+        is_renewing.set()
+        time.sleep(0.3)
+        real(file, text)
+        ended.set()
+
+    monkeypatch.setattr(module, "replace_text", slowly)
+    monkeypatch.setattr(Lease, "RENEW", 0.02)
+    with Lease(run):
+        assert is_renewing.wait(LIMIT)
+    assert ended.wait(LIMIT)
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_lease_that_could_not_be_read_for_a_moment_is_renewed_again(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lease, "RENEW", 0.02)
+    with Lease(run) as lease:
+        content = (run.path / "lease.json").read_text()
+
+        def is_damaged() -> bool:
+            write_text(run.path / "lease.json", content[:20])
+            time.sleep(0.1)  # a renewal under way may yet replace it
+            return (run.path / "lease.json").read_text() == content[:20]
+
+        until(is_damaged)
+        with pytest.raises(OSError, match="the lease cannot be read"):
+            run.check_publishing()
+        write_text(run.path / "lease.json", content)
+        before = lease.renewed
+        until(lambda: lease.renewed > before)
+    assert not lease.lost
 
 
 @pytest.mark.parametrize("gone", [False, True])

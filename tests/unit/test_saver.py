@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 
 from mistral_dist import checkpoint, files
 from mistral_dist.config import Checkpoint
-from mistral_dist.errors import CheckpointError, MachineError, TrainingError
+from mistral_dist.ending import end, publish
+from mistral_dist.errors import FINISHED, CheckpointError, MachineError, TrainingError
 from mistral_dist.run import Lease, RunDirectory, holder
+from mistral_dist.runtime import process
 from mistral_dist.saver import Saver
 from tests.launch import fill, small_disk
 from tests.unit.test_checkpoint import NAME, snapshot
@@ -133,6 +136,27 @@ def test_the_last_save_must_succeed(run: RunDirectory, saver: Saver, monkeypatch
         saver.finish()
 
 
+def test_what_room_does_not_mend_has_another_remedy(run: RunDirectory, saver: Saver) -> None:
+    with Lease(run) as lease:
+        lease.renewed -= 2 * Lease.EXPIRES
+        saver.start(snapshot(20), 0.0)
+        with pytest.raises(
+            MachineError, match=r"lease could not be renewed .*; see that its disk or file server answers and run"
+        ) as caught:
+            saver.finish()
+    assert "make room" not in str(caught.value)
+
+
+def test_how_a_run_ended_that_cannot_be_written_has_a_remedy(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(on_main=lambda action: action(), gather_adapter=dict)
+    session: Any = SimpleNamespace(run=run, runtime=runtime, progress=SimpleNamespace(step=9), steps=9, saver=SimpleNamespace(step=9))
+    for method, number in (("check_publishing", errno.ETIMEDOUT), ("sync", errno.ENOSPC), ("set_status", errno.EROFS)):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, method, fails_with(number))
+            with pytest.raises(MachineError, match=rf"{os.strerror(number)} .*and run the same command again: nothing is trained anew"):
+                publish(session, None) if method == "check_publishing" else end(session, FINISHED)
+
+
 def test_steps_that_cannot_be_written_down_are_in_no_checkpoint(run: RunDirectory, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", fails_with(errno.ENOSPC))
@@ -163,6 +187,13 @@ def test_what_nobody_expected_ends_the_run(saver: Saver, monkeypatch: pytest.Mon
     saver.start(snapshot(5), 0.0)
     with pytest.raises(TrainingError, match="ZeroDivisionError"):
         saver.newest()
+
+
+def test_a_writer_that_may_not_give_way_ends_with_an_outcome(saver: Saver, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "give_way", fails_with(errno.EACCES))
+    saver.start(snapshot(5), 0.0)
+    assert saver.newest() == 0
+    assert "checkpoint-5 could not be saved: Permission denied" in said[0]
 
 
 def test_a_run_that_was_taken_over_is_left_alone(run: RunDirectory, saver: Saver) -> None:
