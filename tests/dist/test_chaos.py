@@ -17,7 +17,7 @@ from mistral_dist.config import Recipe
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_same_run
 from tests.dist.test_topologies import each_example_once_an_epoch
-from tests.launch import kill, lines, losses, losses_so_far, mistral_dist, train, training, wait_for, workers
+from tests.launch import kill, lines, losses, losses_so_far, mistral_dist, resume, train, training, wait_for, workers
 
 SEED = int(os.environ.get("SEED", "0"))
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -84,7 +84,7 @@ def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
     """World sizes 1 to 4, every ZeRO stage: the same examples, each once an epoch; in float32 the same losses within rounding."""
     straight, run = train(recipe, tmp_path / "straight", processes=1, zero=0), tmp_path / "run"
     met = live_and_die(random.Random(SEED), recipe, run, TOPOLOGIES)
-    train(recipe, run, processes=2, zero=2)
+    resume(recipe, run)
     order = lines(run / "data_order.jsonl")
     assert order == lines(straight / "data_order.jsonl")
     each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe))
@@ -99,6 +99,6 @@ def test_on_the_same_machines(recipe: Path, tmp_path: Path) -> None:
     """ZeRO-2 x 2 in bfloat16: the same bits."""
     straight, run = train(recipe, tmp_path / "straight", BFLOAT16), tmp_path / "run"
     met = live_and_die(random.Random(SEED + 1), recipe, run, [(2, 2)], BFLOAT16)
-    train(recipe, run, BFLOAT16)
+    resume(recipe, run, BFLOAT16)
     assert_same_run(run, straight, last=STEPS)
     print(f"seed {SEED}, {KILLS} kills in {STEPS} steps ({dict(met)}): every bit equal")

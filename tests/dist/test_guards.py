@@ -7,7 +7,7 @@ import pytest
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import ADAPTER, assert_same_run
-from tests.launch import kill, lines, losses, mistral_dist, status, train, training, validations, wait_for, workers
+from tests.launch import kill, lines, losses, mistral_dist, resume, status, train, training, validations, wait_for, workers
 
 TOPOLOGIES = [
     pytest.param(1, 0, id="one process", marks=pytest.mark.matrix),
@@ -90,7 +90,7 @@ def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int | str, lo
     with training(long_recipe, killed, *VALIDATED, until=66, processes=processes, zero=zero, **spoiled) as started:
         kill(started.pid)
         wait_for(lambda: not workers(killed))
-    train(long_recipe, killed, *VALIDATED, processes=processes, zero=zero, **spoiled)
+    resume(long_recipe, killed, *VALIDATED, processes=processes, zero=zero, **spoiled)
     assert_same_run(killed, run, last=75)
 
 

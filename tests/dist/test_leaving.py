@@ -18,7 +18,7 @@ from mistral_dist.runtime.process import catches
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
-from tests.launch import COMMAND, ROOT, kill, losses_so_far, mistral_dist, status, train, training, wait_for, workers
+from tests.launch import COMMAND, ROOT, kill, losses_so_far, mistral_dist, resume, status, train, training, wait_for, workers
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopp
         assert started.wait(120) == 85
     assert_stopped(run, "on request (SIGUSR1)")
 
-    train(recipe, run)
+    resume(recipe, run)
     assert_same_run(run, never_stopped)
 
 
@@ -89,7 +89,7 @@ def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path
     left = re.search(r"left off at step 2, micro-step (\d+)", (run / "log.txt").read_text())
     assert left is not None and 1 <= int(left[1]) < 40
     print(f"ZeRO {zero}: left after micro-step {left[1]} of 40")
-    train(recipe, run, *long_steps, zero=zero)
+    resume(recipe, run, *long_steps, zero=zero)
     for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-3/optimizer.safetensors", "data_order.jsonl"):
         assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
 
@@ -182,7 +182,7 @@ def test_a_hung_rank_is_named_and_killed(recipe: Path, never_stopped: Path, tmp_
         assert re.search(r"no sign of life for \d+ s; last seen at step \d+", ended["message"])
         assert "Thread" in (run / "stacks" / f"rank-{1 - rank}.txt").read_text()
     # with the same short limit, and nobody hung
-    train(recipe, run, "train.stall_seconds=8")
+    resume(recipe, run, "train.stall_seconds=8")
     assert_same_run(run, never_stopped)
     assert not (run / "stacks" / "rank-0.txt").exists()
 
@@ -257,7 +257,7 @@ threading.Thread(target=starve, daemon=True).start()
     print(message)
     assert "memory" in message
     assert "Go on with" in message or "it needs less memory" in message
-    train(recipe, run)
+    resume(recipe, run)
     assert_same_run(run, never_stopped)
 
 

@@ -25,7 +25,7 @@ from mistral_dist.loss import summed_loss
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention
 from tests import faults
 from tests.conftest import WriteRecipe
-from tests.launch import lines, losses, metrics, mistral_dist, run_dir, status, train, training, wait_for, workers
+from tests.launch import lines, losses, metrics, mistral_dist, resume, run_dir, status, train, training, wait_for, workers
 
 pytestmark = pytest.mark.gpu
 
@@ -128,16 +128,16 @@ def test_zero_on_one_card_learns_what_no_zero_learns(without_zero: tuple[Path, l
 
 
 def test_a_killed_deterministic_run_ends_with_the_same_bits(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 20, "global_batch_size": 4, "deterministic": True})
+    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 200, "epochs": 12, "global_batch_size": 4, "deterministic": True})
     assert mistral_dist("prepare", recipe).returncode == 0
     wanted, run = train(recipe, tmp_path / "straight", processes=1, zero=2), tmp_path / "killed"
     with training(recipe, run, until=8, processes=1, zero=2) as started:
         started.kill()
     wait_for(lambda: not workers(run))
-    train(recipe, run, processes=1, zero=2)
+    resume(recipe, run, processes=1, zero=2)
     assert metrics(run) == metrics(wanted)
-    file = "adapter/adapter_model.safetensors"
-    assert (run / file).read_bytes() == (wanted / file).read_bytes()
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-200/optimizer.safetensors"):
+        assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
 
 
 # memory
