@@ -11,6 +11,7 @@ from tests.launch import kill, lines, losses, mistral_dist, resume, status, trai
 
 TOPOLOGIES = [
     pytest.param(1, 0, id="one process", marks=pytest.mark.matrix),
+    pytest.param(2, 0, id="data parallel x 2", marks=pytest.mark.matrix),
     pytest.param(2, 1, id="ZeRO-1 x 2", marks=pytest.mark.matrix),
     pytest.param(2, 2, id="ZeRO-2 x 2"),
     pytest.param(2, 3, id="ZeRO-3 x 2", marks=pytest.mark.matrix),
