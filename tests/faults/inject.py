@@ -1,6 +1,7 @@
 """Puts the faults into the modules that the worker will import from.
 
 nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that begins with this slot
+infinite_gradient          [[step, slot], ...]: that of this micro-batch, whose loss is finite
 kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
 huge_rate                  [step, ...]: the learning rate is 1 there
 slow                       {rank: seconds}: how much longer each of its forwards takes
@@ -51,6 +52,9 @@ def spoiled(*given: Any) -> Any:
     found = summed_loss(*given)
     if now in FAULTS.get("nan_loss", []):
         return found * float("nan")
+    if now in FAULTS.get("infinite_gradient", []):
+        found = found * 1
+        found.register_hook(lambda gradient: gradient * math.inf)
     # with a gradient that is finite
     return found + float("inf") if now in FAULTS.get("infinite_loss", []) else found
 
