@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -65,9 +66,14 @@ def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopp
             assert started.wait(120) == 85
         assert_stopped(run, "on request (SIGTERM)")
 
-    # to one worker alone: all stop at the same step
+    # to one worker alone: all stop at the same step; and to the other, while it saves
     with training(recipe, run, until=16) as started:
-        workers_of(started.pid)[1].send_signal(signal.SIGUSR1)
+        first, second = workers_of(started.pid)
+        said = (run / "log.txt").read_text().count("stopping")
+        second.send_signal(signal.SIGUSR1)
+        wait_for(lambda: (run / "log.txt").read_text().count("stopping") > said, started)
+        with suppress(psutil.NoSuchProcess):
+            first.send_signal(signal.SIGTERM)
         assert started.wait(120) == 85
     assert_stopped(run, "on request (SIGUSR1)")
 
