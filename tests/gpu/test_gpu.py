@@ -9,6 +9,7 @@ card twice, and gloo has neither the reduce-scatter nor the all-gather of GPU te
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,40 @@ def example(length: int, seed: int) -> Encoded:
     return Encoded(ids, list(range(length // 2, length)))
 
 
-def loss_and_gradients(model: Any, *examples: Encoded) -> tuple[float, torch.Tensor]:
+def batch_of(*examples: Encoded) -> Batch:
+    return Batch(**collate(examples), ids=()).to(CARD)
+
+
+def loss_and_gradients(model: Any, batch: Batch) -> tuple[float, torch.Tensor]:
     model.zero_grad()
-    loss = summed_loss(model, Batch(**collate(examples), ids=()).to(CARD))
+    loss = summed_loss(model, batch)
     loss.backward()
     return float(loss.detach()), torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(model).values()])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 def test_packing_is_invisible(write_recipe: WriteRecipe, attention: str) -> None:
-    """In bfloat16 to its rounding: a row's loss is the sum of its examples' losses."""
+    """In bfloat16 to its rounding: a row's loss is the sum of its examples' losses; were they one text, it would show."""
     recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16"])
     model = build_trainable(recipe, CARD, available(attention)).cuda()
     examples = [example(length, length) for length in (33, 257, 90)]
-    alone = [loss_and_gradients(model, one) for one in examples]
-    packed, gradient = loss_and_gradients(model, *examples)
+    alone = [loss_and_gradients(model, batch_of(one)) for one in examples]
+    whole = batch_of(*examples)
+    packed, gradient = loss_and_gradients(model, whole)
     assert packed == pytest.approx(sum(loss for loss, _ in alone), rel=5e-3)
     together = sum(gradient for _, gradient in alone)
     assert float((gradient - together).norm() / together.norm()) < 5e-2
+    # positions that do not begin anew; on a CPU the loss is 1 % off then, the gradient 21 %
+    one_text = replace(whole, position_ids=torch.arange(whole.input_ids.numel(), device=CARD)[None])
+    broken, gradient = loss_and_gradients(model, one_text)
+    assert broken != pytest.approx(sum(loss for loss, _ in alone), rel=5e-3)
+    assert float((gradient - together).norm() / together.norm()) > 2 * 5e-2
 
 
 def test_flash_attention_computes_what_sdpa_computes(write_recipe: WriteRecipe) -> None:
     """One packed row, same adapter: loss and gradients within bfloat16's rounding."""
-    recipe, row = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]), [example(length, length) for length in (300, 41, 170)]
-    found = {
-        name: loss_and_gradients(build_trainable(recipe, CARD, available(name)).cuda(), *row) for name in ("flash_attention_2", "sdpa")
-    }
+    recipe, row = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]), batch_of(*(example(length, length) for length in (300, 41, 170)))
+    found = {name: loss_and_gradients(build_trainable(recipe, CARD, available(name)).cuda(), row) for name in ("flash_attention_2", "sdpa")}
     (flash, flash_gradient), (sdpa, sdpa_gradient) = found.values()
     assert flash == pytest.approx(sdpa, rel=5e-3)
     assert float((flash_gradient - sdpa_gradient).norm() / sdpa_gradient.norm()) < 5e-2
@@ -229,15 +238,15 @@ def test_speed_and_memory_are_reported(write_recipe: WriteRecipe, attention: str
     """No bound, since cards differ: the figures of the small model on long packs, for the record."""
     recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16", f"train.gradient_checkpointing={str(checkpointing).lower()}"])
     model = build_trainable(recipe, CARD, available(attention)).cuda()
-    row = [example(length, length) for length in (1024, 700, 300)]
-    loss_and_gradients(model, *row)
+    row = batch_of(*(example(length, length) for length in (1024, 700, 300)))
+    loss_and_gradients(model, row)
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     started = time.monotonic()
     for _ in range(10):
-        loss_and_gradients(model, *row)
+        loss_and_gradients(model, row)
     torch.cuda.synchronize()
-    speed = 10 * sum(len(one.ids) for one in row) / (time.monotonic() - started)
+    speed = 10 * row.input_ids.numel() / (time.monotonic() - started)
     peak = torch.cuda.max_memory_allocated()
     figures[f"3 layers of a 135M, {attention}{', checkpointing' if checkpointing else ''}"] = {
         "tokens_per_second": round(speed), "peak_gib": round(peak / GIB, 2),
