@@ -29,21 +29,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", type=Path, help="write what the tests with a fault showed to this file")
 
 
-FOUND: list[tuple[fault_table.Mark, bool]] = []
-"""Of each test with a fault, what its mark says and whether it passed."""
+FOUND: list[tuple[fault_table.Mark, fault_table.Outcome]] = []
+"""Of each test with a fault, what its mark says and what became of it."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     mark = fault_table.mark_of(item)
-    if mark is not None and not report.skipped and (report.when == "call" or report.failed):
+    if mark is not None and (report.when == "call" or not report.passed):
         report.user_properties.append(("fault", tuple(mark)))  # plain, to travel to the process that writes the table
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    FOUND.extend((fault_table.Mark(*mark), report.passed) for name, mark in report.user_properties if name == "fault")  # type: ignore[misc]
+    FOUND.extend((fault_table.Mark(*mark), report.outcome) for name, mark in report.user_properties if name == "fault")  # type: ignore[misc]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,18 +9,23 @@ stage it has no `zero`, its parameter of that name tells.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
-STAGES = (0, 1, 2, 3)
-HEAD = """# What goes wrong, and what comes of it
+Stage = int | str
+Outcome = Literal["passed", "skipped", "failed"]
+STAGES: dict[Stage, str] = {0: "ZeRO 0", 1: "1", 2: "2", 3: "3", "2+offload": "2 with offload", "3+offload": "3 with offload"}
+"""As a parameter says it, and as a column's head."""
+CELLS: dict[Outcome | None, str] = {None: "", "passed": "yes", "skipped": "skipped", "failed": "**no**"}
+"""What is further down is told, where several tests make a cell."""
+HEAD = f"""# What goes wrong, and what comes of it
 
-Real processes on gloo, a real pretrained model (its lower layers) in NF4; each cell was seen to hold by a run of the test.
+Real processes on gloo, a real pretrained model (its lower layers) in NF4; each "yes" was seen by a run of the test.
 ZeRO 0 is plain data parallelism, or one process. Made by `make faults`.
 
-| what goes wrong | what comes of it | ZeRO 0 | 1 | 2 | 3 | test |
-|---|---|---|---|---|---|---|
+| what goes wrong | what comes of it | {" | ".join(STAGES.values())} | test |
+|---|---|{"---|" * len(STAGES)}---|
 """
 
 
@@ -31,11 +36,11 @@ class Row:
     fault: str
     outcome: str
     test: str
-    seen: dict[int, bool] = field(default_factory=dict)
-    """By ZeRO stage: whether the test passed."""
+    seen: dict[Stage, Outcome] = field(default_factory=dict)
+    """By ZeRO stage: the worst that became of the test."""
 
     def __str__(self) -> str:
-        cells = " | ".join({None: "", True: "yes", False: "**no**"}[self.seen.get(stage)] for stage in STAGES)
+        cells = " | ".join(CELLS[self.seen.get(stage)] for stage in STAGES)
         return f"| {self.fault} | {self.outcome} | {cells} | `{self.test}` |"
 
 
@@ -45,7 +50,7 @@ class Mark(NamedTuple):
     fault: str
     outcome: str
     test: str
-    stages: tuple[int, ...]
+    stages: tuple[Stage, ...]
 
 
 def mark_of(item: pytest.Item) -> Mark | None:
@@ -60,11 +65,11 @@ def mark_of(item: pytest.Item) -> Mark | None:
     return Mark(fault, outcome, f"{Path(file).name}::{name.partition('[')[0]}", tuple(stages))
 
 
-def table(results: Iterable[tuple[Mark, bool]]) -> str:
-    """The page; `results`: of each test with a mark, what the mark says and whether it passed."""
+def table(results: Iterable[tuple[Mark, Outcome]]) -> str:
+    """The page; `results`: of each test with a mark, what the mark says and what became of it."""
     rows: dict[tuple[str, str], Row] = {}
-    for (fault, outcome, test, stages), passed in results:
-        row = rows.setdefault((fault, test), Row(fault, outcome, test))
-        for stage in (int(str(stage)[0]) for stage in stages):  # "2+offload" is seen to hold under ZeRO-2
-            row.seen[stage] = row.seen.get(stage, True) and passed
+    for (fault, promised, test, stages), outcome in results:
+        row = rows.setdefault((fault, test), Row(fault, promised, test))
+        for stage in stages:
+            row.seen[stage] = max(row.seen.get(stage, "passed"), outcome, key=list(CELLS).index)
     return HEAD + "".join(f"{row}\n" for row in sorted(rows.values(), key=lambda row: (row.test, row.fault)))

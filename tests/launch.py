@@ -42,6 +42,17 @@ def train(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: in
     return run
 
 
+def resume(recipe: Path, run: Path, *overrides: str, processes: int = 2, zero: int | str = 2, **environment: str) -> Path:
+    """As `train`, of a run that was left; and it goes on from a checkpoint, not from the start."""
+    log = run / "log.txt"
+    before = log.stat().st_size
+    train(recipe, run, *overrides, processes=processes, zero=zero, **environment)
+    told = log.read_bytes()[before:].decode(errors="replace")
+    found = re.search(r"going on from checkpoint-(\d+)", told)
+    assert found is not None and int(found[1]) > 0, told
+    return run
+
+
 def run_dir(recipe: Path) -> Path:
     return Path(json.loads(recipe.read_text())["run"]["dir"])
 

@@ -6,8 +6,11 @@ make chaos SEED=7 KILLS=50      another draw
 
 import os
 import random
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice, repeat
 from pathlib import Path
 
 import psutil
@@ -17,48 +20,64 @@ from mistral_dist.config import Recipe
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_same_run
 from tests.dist.test_topologies import each_example_once_an_epoch
-from tests.launch import kill, lines, losses, losses_so_far, mistral_dist, train, training, wait_for, workers
+from tests.launch import kill, lines, losses, losses_so_far, mistral_dist, resume, train, training, wait_for, workers
 
 SEED = int(os.environ.get("SEED", "0"))
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "6"))
 SAVE_EVERY = 3
 A_LIFE = 4
 """Steps past its checkpoint after which a process group is killed, at most; more than between two checkpoints, so that the run gets on."""
 STEPS = (A_LIFE + 4) * KILLS + 6
 """A group makes a few more before the kill comes."""
+TOO_FAST = "the run came to its end before it was killed so often; this machine needs more STEPS"
 BFLOAT16 = "model.dtype=bfloat16"
 ROWS = 60
 """So few that even three kills see two epochs."""
-TOPOLOGIES = [(1, 0), *((processes, zero) for processes in (1, 2, 3, 4) for zero in (1, 2, 3, "2+offload", "3+offload"))]
+STAGES: list[int | str] = [0, 1, 2, 3, "2+offload", "3+offload"]
+Topologies = Iterator[tuple[int, int | str]]
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(300 + 120 * KILLS)]
 
 
-def kill_at_random(rng: random.Random, run: Path, started: int) -> str:
-    """SIGKILL to the launcher, to one worker, or to all at once; return whom. Whoever is left ends by itself."""
-    everyone = psutil.Process(started).children(recursive=True)
+def any_machines(rng: random.Random) -> Topologies:
+    """1 to 4 processes; of the stages each once before one comes again."""
+    while True:
+        for zero in rng.sample(STAGES, len(STAGES)):
+            yield rng.randint(1, 4), zero
+
+
+def kill_at_random(rng: random.Random, run: Path, started: "subprocess.Popen[str]") -> str:
+    """SIGKILL to the launcher, to one worker or agent, or to all at once; return whom. Whoever is left ends by itself.
+
+    What the launcher or a worker has started beside them is no worker: the run would go on without it.
+    """
     whom = rng.choice(["the launcher", "a worker", "all"])
-    chosen = {"the launcher": [started], "a worker": [rng.choice(everyone).pid], "all": [started, *(child.pid for child in everyone)]}
-    for pid in chosen[whom]:
+    ranks = sorted(process.pid for process in workers(run))
+    assert ranks, TOO_FAST
+    below = [child.pid for child in psutil.Process(started.pid).children(recursive=True)] if whom == "all" else []
+    for pid in {"the launcher": [started.pid], "a worker": [rng.choice(ranks)], "all": [started.pid, *below]}[whom]:
         kill(pid)
-    wait_for(lambda: not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: started.poll() is not None)
     wait_for(lambda: not workers(run))
     return whom
 
 
-def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: list[tuple[int, int | str]], *overrides: str) -> Counter[str]:
-    """All the lives of a run but its last; return what they met."""
+def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: Topologies, *overrides: str) -> Counter[str]:
+    """All the lives of a run but its last, each of which makes a step that was not made before; return what they met."""
     met: Counter[str] = Counter()
-    for _ in range(KILLS):
-        processes, zero = rng.choice(topologies)
+    for life, (processes, zero) in enumerate(islice(topologies, KILLS), 1):
         made = len(losses_so_far(run)) if (run / "metrics.jsonl").is_file() else 0
         saved = max((int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*")), default=0)
-        until = min(max(made, saved + rng.randint(1, A_LIFE)), STEPS - 1)
+        # what is there from the life before is no sign of this one
+        until = max(made + 1, saved + rng.randint(1, A_LIFE))
+        assert until < STEPS, TOO_FAST
         began = time.monotonic()
         with training(recipe, run, *overrides, until=until, processes=processes, zero=zero) as started:
+            if life == KILLS:  # so that there is something to go on from at last
+                wait_for(lambda: any((run / "checkpoints").glob("checkpoint-*")), started)
             time.sleep(rng.uniform(0, 0.8))
             is_saving = any((run / "checkpoints").glob(".aside-*"))
-            whom = kill_at_random(rng, run, started.pid)
+            whom = kill_at_random(rng, run, started)
         met.update({f"{processes} x ZeRO-{zero}": 1, whom: 1, "inside a save": is_saving})
         print(f"{processes} x ZeRO-{zero}: {whom} killed after {time.monotonic() - began:.0f} s, from step {saved} on", flush=True)
     return met
@@ -68,7 +87,7 @@ def live_and_die(rng: random.Random, recipe: Path, run: Path, topologies: list[t
 def recipe(write_recipe: WriteRecipe, texts: list[dict[str, str]]) -> Path:
     recipe = write_recipe(
         rows=texts[:ROWS],
-        train={"steps": STEPS, "epochs": 40, "global_batch_size": 4, "gradient_checkpointing": False},
+        train={"steps": STEPS, "epochs": STEPS, "global_batch_size": 4, "gradient_checkpointing": False},
         checkpoint={"save_steps": SAVE_EVERY},
     )
     assert mistral_dist("prepare", recipe).returncode == 0
@@ -78,13 +97,14 @@ def recipe(write_recipe: WriteRecipe, texts: list[dict[str, str]]) -> Path:
 @pytest.mark.fault(
     "killed at random moments, again and again, on other machines",
     "each example once an epoch; float32 losses within 1e-3",
-    zero=(0, 1, 2, 3),
+    zero=(0, 1, 2, 3, "2+offload", "3+offload"),
 )
 def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
     """World sizes 1 to 4, every ZeRO stage: the same examples, each once an epoch; in float32 the same losses within rounding."""
     straight, run = train(recipe, tmp_path / "straight", processes=1, zero=0), tmp_path / "run"
-    met = live_and_die(random.Random(SEED), recipe, run, TOPOLOGIES)
-    train(recipe, run, processes=2, zero=2)
+    rng = random.Random(SEED)
+    met = live_and_die(rng, recipe, run, any_machines(rng))
+    resume(recipe, run)
     order = lines(run / "data_order.jsonl")
     assert order == lines(straight / "data_order.jsonl")
     each_example_once_an_epoch([id for entry in order for id in entry["ids"]], Recipe.load(recipe))
@@ -98,7 +118,7 @@ def test_on_any_machines(recipe: Path, tmp_path: Path) -> None:
 def test_on_the_same_machines(recipe: Path, tmp_path: Path) -> None:
     """ZeRO-2 x 2 in bfloat16: the same bits."""
     straight, run = train(recipe, tmp_path / "straight", BFLOAT16), tmp_path / "run"
-    met = live_and_die(random.Random(SEED + 1), recipe, run, [(2, 2)], BFLOAT16)
-    train(recipe, run, BFLOAT16)
+    met = live_and_die(random.Random(SEED + 1), recipe, run, repeat((2, 2)), BFLOAT16)
+    resume(recipe, run, BFLOAT16)
     assert_same_run(run, straight, last=STEPS)
     print(f"seed {SEED}, {KILLS} kills in {STEPS} steps ({dict(met)}): every bit equal")

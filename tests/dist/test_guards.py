@@ -7,10 +7,11 @@ import pytest
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import ADAPTER, assert_same_run
-from tests.launch import kill, lines, losses, mistral_dist, status, train, training, validations, wait_for, workers
+from tests.launch import kill, lines, losses, mistral_dist, resume, status, train, training, validations, wait_for, workers
 
 TOPOLOGIES = [
     pytest.param(1, 0, id="one process", marks=pytest.mark.matrix),
+    pytest.param(2, 0, id="data parallel x 2", marks=pytest.mark.matrix),
     pytest.param(2, 1, id="ZeRO-1 x 2", marks=pytest.mark.matrix),
     pytest.param(2, 2, id="ZeRO-2 x 2"),
     pytest.param(2, 3, id="ZeRO-3 x 2", marks=pytest.mark.matrix),
@@ -27,32 +28,78 @@ def steps_of(run: Path, file: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
-@pytest.mark.fault("a loss that is NaN or infinite, on one rank", "no rank updates anything; the examples are named")
+@pytest.mark.fault("a loss or a gradient that is NaN or infinite, on one rank", "no rank updates anything; the examples are named")
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
     processes: int, zero: int | str, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    """NaN on one slot, an infinite loss with a finite gradient on another: skipped alike, named, and the run goes on."""
-    recipe = write_recipe(train={"steps": 8, "global_batch_size": 4}, checkpoint={"save_steps": 1, "save_total_limit": 9})
+    """NaN on one slot, an infinite loss with a finite gradient on another, and the other way about: skipped alike, named; the run goes on.
+
+    Which examples make a gradient infinite cannot be told: all of the step's are named.
+    """
+    recipe = write_recipe(train={"steps": 9, "global_batch_size": 4}, checkpoint={"save_steps": 1, "save_total_limit": 9})
     assert mistral_dist("prepare", recipe).returncode == 0
-    spoiled = faults.environment(nan_loss=[[3, 1]], infinite_loss=[[6, 2]])
+    spoiled = faults.environment(nan_loss=[[3, 1]], infinite_loss=[[6, 2]], infinite_gradient=[[8, 1]])
     run = train(recipe, tmp_path / "run", processes=processes, zero=zero, **spoiled)
 
     order = {entry["step"]: entry["ids"] for entry in lines(run / "data_order.jsonl")}
     untrained = lines(run / "untrained.jsonl")
-    assert [(entry["step"], entry["because"]) for entry in untrained] == [(3, "the loss is not finite"), (6, "the loss is not finite")]
+    because = {3: "the loss is not finite", 6: "the loss is not finite", 8: "the gradient is not finite"}
+    assert [(entry["step"], entry["because"]) for entry in untrained] == list(because.items())
     for entry in untrained:
         assert entry["ids"] == order[entry["step"]]
+    assert sorted(untrained[-1]["suspects"]) == sorted(untrained[-1]["ids"])
+    for entry in untrained[:-1]:
         assert 0 < len(entry["suspects"]) < len(entry["ids"]), "those of one slot"
         assert set(entry["suspects"]) < set(entry["ids"])
-    assert steps_of(run, "metrics.jsonl") == list(range(1, 9))
-    assert [entry["step"] for entry in lines(run / "metrics.jsonl") if entry["loss"] is None] == [3, 6]
+    assert steps_of(run, "metrics.jsonl") == list(range(1, 10))
+    assert [entry["step"] for entry in lines(run / "metrics.jsonl") if entry["loss"] is None] == list(because)
 
     def state(step: int) -> list[bytes]:
         folder = run / "checkpoints" / f"checkpoint-{step}"
         return [(folder / file).read_bytes() for file in (ADAPTER, "optimizer.safetensors")]
 
-    for before, after, is_equal in [(2, 3, True), (5, 6, True), (3, 4, False), (6, 7, False)]:
+    for before, after, is_equal in [(2, 3, True), (5, 6, True), (7, 8, True), (3, 4, False), (6, 7, False), (8, 9, False)]:
         assert (state(before) == state(after)) == is_equal, (before, after)
+
+
+IN_A_ROW = "the loss or the gradient was not finite in 3 steps in a row"
+
+
+@pytest.mark.fault(
+    "a loss that is NaN in three steps in a row", "back to a checkpoint from before; a kill after it: the same bits", zero=(2,)
+)
+def test_three_bad_steps_in_a_row_are_gone_back_from(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """With five steps before them, which may have spoiled the adapter; killed on the way after it, the run ends with the same bits."""
+    recipe = write_recipe(train={"steps": 20, "global_batch_size": 4}, checkpoint={"save_steps": 5})
+    assert mistral_dist("prepare", recipe).returncode == 0
+    spoiled = faults.environment(nan_loss=[[12, 1], [13, 1], [14, 1]])
+    run = train(recipe, tmp_path / "run", **spoiled)
+    told = f"step 14: {IN_A_ROW}; back to checkpoint-5, steps 7 to 14 will be passed over"
+    assert (run / "log.txt").read_text().count(told) == 1
+    assert steps_of(run, "untrained.jsonl") == list(range(7, 15))
+    assert steps_of(run, "metrics.jsonl") == list(range(1, 21))
+    assert [loss is None for loss in losses(run)] == [7 <= step <= 14 for step in range(1, 21)]
+    assert steps_of(run, "data_order.jsonl") == [step for step in range(1, 21) if not 7 <= step <= 14]
+
+    killed = tmp_path / "killed"
+    with training(recipe, killed, until=16, **spoiled) as started:
+        kill(started.pid)
+        wait_for(lambda: not workers(killed))
+    resume(recipe, killed, **spoiled)
+    assert_same_run(killed, run)
+    assert lines(killed / "untrained.jsonl") == lines(run / "untrained.jsonl")
+
+
+@pytest.mark.fault("a loss that is NaN in the first three steps", "fails with the diagnosis, exit code 1", zero=(0,))
+def test_three_bad_steps_before_the_first_checkpoint_fail_with_a_diagnosis(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, run = write_recipe(train={"steps": 8, "global_batch_size": 4}), tmp_path / "run"
+    assert mistral_dist("prepare", recipe).returncode == 0
+    spoiled = faults.environment(nan_loss=[[1, 1], [2, 1], [3, 1]])
+    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "1", **spoiled)
+    assert done.returncode == 1, done.stdout + done.stderr
+    ended = status(run)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 1)
+    assert f"step 3: {IN_A_ROW}, and there is no checkpoint from before; start another run" in ended["message"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +137,7 @@ def test_a_spoiled_adapter_is_gone_back_from(processes: int, zero: int | str, lo
     with training(long_recipe, killed, *VALIDATED, until=66, processes=processes, zero=zero, **spoiled) as started:
         kill(started.pid)
         wait_for(lambda: not workers(killed))
-    train(long_recipe, killed, *VALIDATED, processes=processes, zero=zero, **spoiled)
+    resume(long_recipe, killed, *VALIDATED, processes=processes, zero=zero, **spoiled)
     assert_same_run(killed, run, last=75)
 
 

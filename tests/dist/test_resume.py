@@ -44,11 +44,12 @@ def assert_nobody_left(run: Path) -> None:
     wait_for(lambda: not workers(run))
 
 
-@pytest.mark.fault("SIGKILL: all processes; the launcher; one worker", "all end; the same command goes on to the same bits", zero=(2,))
-def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.matrix)])
+@pytest.mark.fault("SIGKILL: all processes; the launcher; one worker", "all end; the same command goes on to the same bits")
+def test_killed_by_force_it_goes_on_to_the_same_bits(zero: int, recipe: Path, never_killed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # the launcher and everything under it, in the middle of the second stretch between checkpoints
-    with training(recipe, run, until=8) as started:
+    with training(recipe, run, until=8, zero=zero) as started:
         everyone = psutil.Process(started.pid).children(recursive=True)
         assert len(everyone) >= 3, "an agent and two workers"
         for process in [started.pid, *(child.pid for child in everyone)]:
@@ -57,12 +58,12 @@ def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed:
     assert status(run)["state"] == "running"
 
     # the launcher alone: its workers die with it, and write nothing more
-    with training(recipe, run, until=12) as started:
+    with training(recipe, run, until=12, zero=zero) as started:
         kill(started.pid)
         assert_nobody_left(run)
 
     # a single worker: the others and the launcher end by themselves, and say so
-    with training(recipe, run, until=17) as started:
+    with training(recipe, run, until=17, zero=zero) as started:
         worker = psutil.Process(started.pid).children()[0].children()[-1].pid
         kill(worker)
         assert started.wait(60) == 1
@@ -70,9 +71,9 @@ def test_killed_by_force_it_goes_on_to_the_same_bits(recipe: Path, never_killed:
     assert status(run)["state"] == "failed"
     assert f"(process {worker}) was killed (signal 9); where nobody did that, memory was full" in status(run)["message"]
 
-    train(recipe, run)
+    train(recipe, run, zero=zero)
     assert "going on from checkpoint-15" in (run / "log.txt").read_text()
-    assert_same_run(run, never_killed)
+    assert_same_run(run, never_killed if zero == 2 else train(recipe, tmp_path / "never-killed", zero=zero))
 
     done = mistral_dist("train", recipe, f"run.dir={run}")
     assert done.returncode == 0

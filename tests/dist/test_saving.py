@@ -8,7 +8,7 @@ import pytest
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run, never_killed, recipe  # noqa: F401 - fixtures
-from tests.launch import fill, lines, mistral_dist, small_disk, status, train, training, wait_for
+from tests.launch import fill, lines, mistral_dist, resume, small_disk, status, train, training, wait_for
 
 POINTS = {
     # what a checkpoint that was being written has left: (files aside, is the new one there)
@@ -94,7 +94,7 @@ def test_a_full_disk_does_not_end_the_training_until_the_last_moment(zero: int, 
         assert names(run) == {kept.name}, "what was there is untouched, and nothing is half written"
         filler.unlink()
 
-        train(recipe, run, zero=zero)
+        resume(recipe, run, zero=zero)
         for file in ("metrics.jsonl", "data_order.jsonl"):
             assert [entry["step"] for entry in lines(run / file)] == list(range(1, steps + 1)), "each step once, in order"
         straight = train(recipe, tmp_path / "straight", zero=zero)

@@ -1,4 +1,4 @@
-"""One run, any machines: the same recipe under one process, ZeRO-1, 2 and 3, on one, two and three ranks.
+"""One run, any machines: the same recipe under one process, data parallelism, ZeRO-1, 2 and 3, on one, two and three ranks.
 
 Real processes on gloo, the real engine, a real pretrained model (its lower layers) in NF4.
 """
@@ -15,7 +15,8 @@ from tests.launch import lines, losses, mistral_dist, train
 
 STEPS = 50
 Topologies = dict[str, tuple[int, int | str]]
-TOPOLOGIES: Topologies = {"one process": (1, 0), "ZeRO-1 x 2": (2, 1), "ZeRO-2 x 2": (2, 2), "ZeRO-3 x 2": (2, 3), "ZeRO-3 x 3": (3, 3)}
+TOPOLOGIES: Topologies = {"one process": (1, 0), "data parallel x 2": (2, 0)}
+TOPOLOGIES |= {"ZeRO-1 x 2": (2, 1), "ZeRO-2 x 2": (2, 2), "ZeRO-3 x 2": (2, 3), "ZeRO-3 x 3": (3, 3)}
 OFFLOAD: Topologies = {"ZeRO-2 x 2 with offload": (2, "2+offload"), "ZeRO-3 x 2 with offload": (2, "3+offload")}
 
 
@@ -76,7 +77,7 @@ def test_gradients_agree_however_a_global_batch_is_cut(write_recipe: WriteRecipe
         train={"steps": 1, "global_batch_size": 8, "gradient_checkpointing": False}, optim={"max_grad_norm": 1e9, "learning_rate": 1e-3}
     )
     assert mistral_dist("prepare", recipe).returncode == 0
-    cuts: dict[str, tuple[int, int | str, int]] = {"1 x 8": (1, 0, 8), "1 x 2 x 4": (1, 0, 2)}
+    cuts: dict[str, tuple[int, int | str, int]] = {"1 x 8": (1, 0, 8), "1 x 2 x 4": (1, 0, 2), "2 x 2 x 2": (2, 0, 2)}
     cuts |= {f"{cut}, ZeRO-{zero}": (ranks, zero, 2) for zero in (2, 3) for cut, ranks in (("1 x 2 x 4", 1), ("2 x 2 x 2", 2))}
     cuts |= {f"2 x 2 x 2, ZeRO-{zero}+offload": (2, f"{zero}+offload", 2) for zero in (2, 3)}
     gradients = {}

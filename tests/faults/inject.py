@@ -1,6 +1,7 @@
 """Puts the faults into the modules that the worker will import from.
 
 nan_loss, infinite_loss    [[step, slot], ...]: the loss of the micro-batch that begins with this slot
+infinite_gradient          [[step, slot], ...]: that of this micro-batch, whose loss is finite
 kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
 huge_rate                  [step, ...]: the learning rate is 1 there
 slow                       {rank: seconds}: how much longer each of its forwards takes
@@ -8,7 +9,7 @@ stop_in_validation         [step, batch]: rank 1 sends itself SIGTERM before tha
 hang_in_validation         [step, batch]: rank 1 goes no further there
 kill_after_validation      step: rank 0 kills itself when it has written the line of that step's validation
 memory                     {rank: tokens}: a longer forward of that rank is refused its memory, as by a GPU
-card_bytes                 this process may have so much of the GPU
+card_bytes                 the GPU has so much memory
 no_borders                 attention crosses from one example to the next
 shifted_targets            each target is predicted one place too early
 dead_gradient              one tensor of the adapter never gets a gradient
@@ -35,6 +36,7 @@ FAULTS = json.loads(os.environ["FAULTS"])
 now = [0, 0]
 
 seed_noise, summed_loss, lr_at = engine.seed_noise, loss.summed_loss, optim.lr_at
+get_device_properties = torch.cuda.get_device_properties
 collate, build_trainable, scatter_moments = stream.collate, model.build_trainable, shards.scatter_moments
 
 
@@ -51,6 +53,9 @@ def spoiled(*given: Any) -> Any:
     found = summed_loss(*given)
     if now in FAULTS.get("nan_loss", []):
         return found * float("nan")
+    if now in FAULTS.get("infinite_gradient", []):
+        found = found * 1
+        found.register_hook(lambda gradient: gradient * math.inf)
     # with a gradient that is finite
     return found + float("inf") if now in FAULTS.get("infinite_loss", []) else found
 
@@ -70,6 +75,22 @@ def deadened(*given: Any) -> Any:
     dead = next(parameter for name, parameter in built.named_parameters() if "lora_B" in name)
     dead.register_hook(torch.zeros_like)
     return built
+
+
+class SmallCard:
+    """A GPU's properties, with less memory."""
+
+    total_memory = FAULTS.get("card_bytes")
+
+    def __init__(self, card: Any) -> None:
+        self._card = card
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._card, name)
+
+
+def small_card(*given: Any, **named: Any) -> SmallCard:
+    return SmallCard(get_device_properties(*given, **named))
 
 
 def forgetful(parameters: Any, optimizer: Any, moments: Any, step: int) -> None:
@@ -98,7 +119,8 @@ if "kill_in_save" in FAULTS and os.environ.get("RANK", "0") == "0":
 if "memory" in FAULTS:
     memory.refuses_in_time = lambda device: True
 if "card_bytes" in FAULTS:
-    torch.cuda.set_per_process_memory_fraction(FAULTS["card_bytes"] / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(FAULTS["card_bytes"] / get_device_properties(0).total_memory)
+    torch.cuda.get_device_properties = small_card
 if "no_borders" in FAULTS:
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
 if "shifted_targets" in FAULTS:

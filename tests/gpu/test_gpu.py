@@ -1,14 +1,16 @@
-"""What only an NVIDIA GPU can show, on one card. Skipped, with the reason, where there is none; unproven until it ran.
+"""What only NVIDIA GPUs can show: on one card, and a little on two. Skipped, with the reason, where there are none; unproven until it ran.
 
-    make test-gpu        some fifteen launches and a few small models: under 10 minutes
+    make test-gpu        some twenty launches and a few small models: some 10 minutes
 
 Memory and tokens/s go to build/gpu/figures.json, which is named at the end. Not here: two ranks on one card. NCCL refuses a
 card twice, and gloo has neither the reduce-scatter nor the all-gather of GPU tensors that ZeRO needs.
 """
 
 import re
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from mistral_dist import base
 from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoded
@@ -25,7 +28,9 @@ from mistral_dist.loss import summed_loss
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention
 from tests import faults
 from tests.conftest import WriteRecipe
-from tests.launch import lines, losses, metrics, mistral_dist, run_dir, status, train, training, wait_for, workers
+from tests.dist.test_leaving import assert_stopped, workers_of
+from tests.launch import lines, losses, metrics, mistral_dist, resume, run_dir, status, train, training, wait_for, workers
+from tests.unit.test_base import assert_same, from_pretrained
 
 pytestmark = pytest.mark.gpu
 
@@ -45,54 +50,68 @@ def example(length: int, seed: int) -> Encoded:
     return Encoded(ids, list(range(length // 2, length)))
 
 
-def loss_and_gradients(model: Any, *examples: Encoded) -> tuple[float, torch.Tensor]:
+def batch_of(*examples: Encoded) -> Batch:
+    return Batch(**collate(examples), ids=()).to(CARD)
+
+
+def loss_and_gradients(model: Any, batch: Batch) -> tuple[float, torch.Tensor]:
     model.zero_grad()
-    loss = summed_loss(model, Batch(**collate(examples), ids=()).to(CARD))
+    loss = summed_loss(model, batch)
     loss.backward()
     return float(loss.detach()), torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(model).values()])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 def test_packing_is_invisible(write_recipe: WriteRecipe, attention: str) -> None:
-    """In bfloat16 to its rounding: a row's loss is the sum of its examples' losses."""
+    """In bfloat16 to its rounding: a row's loss is the sum of its examples' losses; were they one text, it would show."""
     recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16"])
     model = build_trainable(recipe, CARD, available(attention)).cuda()
     examples = [example(length, length) for length in (33, 257, 90)]
-    alone = [loss_and_gradients(model, one) for one in examples]
-    packed, gradient = loss_and_gradients(model, *examples)
+    alone = [loss_and_gradients(model, batch_of(one)) for one in examples]
+    whole = batch_of(*examples)
+    packed, gradient = loss_and_gradients(model, whole)
     assert packed == pytest.approx(sum(loss for loss, _ in alone), rel=5e-3)
     together = sum(gradient for _, gradient in alone)
     assert float((gradient - together).norm() / together.norm()) < 5e-2
+    # positions that do not begin anew; on a CPU the loss is 1 % off then, the gradient 21 %
+    one_text = replace(whole, position_ids=torch.arange(whole.input_ids.numel(), device=CARD)[None])
+    broken, gradient = loss_and_gradients(model, one_text)
+    assert broken != pytest.approx(sum(loss for loss, _ in alone), rel=5e-3)
+    assert float((gradient - together).norm() / together.norm()) > 2 * 5e-2
 
 
 def test_flash_attention_computes_what_sdpa_computes(write_recipe: WriteRecipe) -> None:
     """One packed row, same adapter: loss and gradients within bfloat16's rounding."""
-    recipe, row = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]), [example(length, length) for length in (300, 41, 170)]
-    found = {
-        name: loss_and_gradients(build_trainable(recipe, CARD, available(name)).cuda(), *row) for name in ("flash_attention_2", "sdpa")
-    }
+    recipe, row = Recipe.load(write_recipe(), ["model.dtype=bfloat16"]), batch_of(*(example(length, length) for length in (300, 41, 170)))
+    found = {name: loss_and_gradients(build_trainable(recipe, CARD, available(name)).cuda(), row) for name in ("flash_attention_2", "sdpa")}
     (flash, flash_gradient), (sdpa, sdpa_gradient) = found.values()
     assert flash == pytest.approx(sdpa, rel=5e-3)
     assert float((flash_gradient - sdpa_gradient).norm() / sdpa_gradient.norm()) < 5e-2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nf4_on_the_card(write_recipe: WriteRecipe, dtype: str) -> None:
-    """Built into the cache and read from it, the same bytes; a layer computes with the weights that its bytes mean; 4 bits and a bit."""
+def test_nf4_on_the_card(write_recipe: WriteRecipe, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built into the cache and read from it, the bits of `from_pretrained`; a layer computes with the weights that they mean."""
+    monkeypatch.setenv("MISTRAL_DIST_CACHE", str(tmp_path / "cache"))
     model = Recipe.load(write_recipe(), [f"model.dtype={dtype}"]).model
-    built, kept = load_base(model, CARD, "sdpa"), load_base(model, CARD, "sdpa")
+    assert model.path is not None
+    built = load_base(model, CARD, "sdpa")
+    monkeypatch.setattr(base, "quantize", None)  # nothing is quantized a second time
+    kept = load_base(model, CARD, "sdpa")
+    wanted = from_pretrained(Path(model.path), getattr(torch, dtype), "nf4")
+    assert_same(built, wanted)
+    assert_same(kept, wanted)
     layers = {name: module for name, module in built.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     assert layers
     for name, layer in layers.items():
         again = kept.get_submodule(name).weight
         assert layer.weight.device.type == again.device.type == "cuda"
-        assert torch.equal(layer.weight.data.view(torch.uint8), again.data.view(torch.uint8)), name
         assert layer.weight.data.numel() * layer.weight.data.element_size() == layer.in_features * layer.out_features // 2
     layer = layers["model.layers.1.mlp.down_proj"]
     given = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0)).to(CARD, getattr(torch, dtype))
-    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(given.dtype)
-    wanted = given.double() @ weight.double().T
-    error = float((layer(given).double() - wanted).norm() / wanted.norm())
+    meant = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(given.dtype)
+    product = given.double() @ meant.double().T
+    error = float((layer(given).double() - product).norm() / product.norm())
     assert error < {"bfloat16": 1e-2, "float32": 2e-3}[dtype], error
 
 
@@ -111,33 +130,67 @@ def test_attention_auto_takes_flash_attention_where_it_is(write_recipe: WriteRec
     assert choose_attention(model, CARD) == "flash_attention_2"
 
 
+DTYPES = {"float32": [], "bfloat16": ["model.dtype=bfloat16", "train.gradient_checkpointing=true"]}
+"""What a recipe in float32 is given to be in one of them; as a 7B is trained, bfloat16 with recomputed layers."""
+
+
 @pytest.fixture(scope="module")
-def without_zero(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """A recipe in float32, and the losses of its 20 steps without ZeRO."""
+def without_zero(
+    recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list[float]]]:
+    """A recipe in float32, and in each dtype the losses of its 20 steps on one card without ZeRO."""
     folder = tmp_path_factory.mktemp("zero")
     recipe = recipe_writer(folder)(train={"steps": 20, "global_batch_size": 4})
     assert mistral_dist("prepare", recipe).returncode == 0
-    return recipe, losses(train(recipe, folder / "alone", processes=1, zero=0))
+    return recipe, {dtype: losses(train(recipe, folder / dtype, *words, processes=1, zero=0)) for dtype, words in DTYPES.items()}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zero", [1, 2, 3, "2+offload", "3+offload"])
-def test_zero_on_one_card_learns_what_no_zero_learns(without_zero: tuple[Path, list[float]], tmp_path: Path, zero: int | str) -> None:
+def test_zero_on_one_card_learns_what_no_zero_learns(
+    without_zero: tuple[Path, dict[str, list[float]]], tmp_path: Path, zero: int | str, dtype: str
+) -> None:
     recipe, alone = without_zero
-    shared = losses(train(recipe, tmp_path / "shared", processes=1, zero=zero))
-    assert max(abs(a - b) for a, b in zip(alone, shared, strict=True)) < 1e-3
+    shared = losses(train(recipe, tmp_path / "shared", *DTYPES[dtype], processes=1, zero=zero))
+    if dtype == "float32":
+        assert shared == pytest.approx(alone[dtype], rel=0, abs=1e-3)
+    else:
+        assert len(shared) == len(alone[dtype])
+        assert shared[0] == pytest.approx(alone[dtype][0], rel=5e-3, abs=1e-3)
+        assert sum(shared) == pytest.approx(sum(alone[dtype]), rel=0.02)
+
+
+two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+
+
+@two_cards
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_cards_learn_what_one_learns(without_zero: tuple[Path, dict[str, list[float]]], tmp_path: Path, zero: int) -> None:
+    recipe, alone = without_zero
+    shared = losses(train(recipe, tmp_path / "shared", processes=2, zero=zero))
+    assert shared == pytest.approx(alone["float32"], rel=0, abs=1e-3)
+
+
+@two_cards
+def test_a_stop_signal_to_one_worker_stops_both_cards(without_zero: tuple[Path, dict[str, list[float]]], tmp_path: Path) -> None:
+    recipe, run = without_zero[0], tmp_path / "run"
+    with training(recipe, run, "train.steps=200", "train.epochs=12", until=3) as started:
+        workers_of(started.pid)[1].send_signal(signal.SIGTERM)
+        assert started.wait(120) == 85
+    assert_stopped(run, "on request (SIGTERM)")
 
 
 def test_a_killed_deterministic_run_ends_with_the_same_bits(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 20, "global_batch_size": 4, "deterministic": True})
+    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 200, "epochs": 12, "global_batch_size": 4, "deterministic": True})
     assert mistral_dist("prepare", recipe).returncode == 0
     wanted, run = train(recipe, tmp_path / "straight", processes=1, zero=2), tmp_path / "killed"
     with training(recipe, run, until=8, processes=1, zero=2) as started:
         started.kill()
     wait_for(lambda: not workers(run))
-    train(recipe, run, processes=1, zero=2)
+    resume(recipe, run, processes=1, zero=2)
     assert metrics(run) == metrics(wanted)
-    file = "adapter/adapter_model.safetensors"
-    assert (run / file).read_bytes() == (wanted / file).read_bytes()
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-200/optimizer.safetensors"):
+        assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
 
 
 # memory
@@ -157,7 +210,7 @@ def heavy(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest
 
 
 SMALL_CARD = faults.environment(card_bytes=5 * GIB)
-"""The allocator refuses what goes beyond, as a card of that size does."""
+"""The allocator refuses what goes beyond, as a card of that size does; and that is the size that the card tells."""
 
 
 def needs_room() -> None:
@@ -190,8 +243,10 @@ def test_the_largest_micro_batch_that_fits_is_found(heavy: Path, tmp_path: Path,
             "peak_gib": round(lines(run / "metrics.jsonl")[-1]["memory_bytes"] / GIB, 2),
             "losses": losses(run),
         }
-    assert 1 <= found["5 GiB"] < 16
+    assert 1 < found["5 GiB"] < 16
     assert found["5 GiB"] <= found["whole"] <= 16
+    if torch.cuda.get_device_properties(0).total_memory > 23 * GIB:  # what a card of 24 GB has
+        assert found["whole"] == 16
     one = losses(train(heavy, tmp_path / "one", "train.micro_batch_size=1", processes=1, zero=0))
     assert losses(tmp_path / "w") == pytest.approx(one, rel=5e-3)
     assert losses(tmp_path / "5") == pytest.approx(one, rel=5e-3)
@@ -229,15 +284,15 @@ def test_speed_and_memory_are_reported(write_recipe: WriteRecipe, attention: str
     """No bound, since cards differ: the figures of the small model on long packs, for the record."""
     recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16", f"train.gradient_checkpointing={str(checkpointing).lower()}"])
     model = build_trainable(recipe, CARD, available(attention)).cuda()
-    row = [example(length, length) for length in (1024, 700, 300)]
-    loss_and_gradients(model, *row)
+    row = batch_of(*(example(length, length) for length in (1024, 700, 300)))
+    loss_and_gradients(model, row)
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     started = time.monotonic()
     for _ in range(10):
-        loss_and_gradients(model, *row)
+        loss_and_gradients(model, row)
     torch.cuda.synchronize()
-    speed = 10 * sum(len(one.ids) for one in row) / (time.monotonic() - started)
+    speed = 10 * row.input_ids.numel() / (time.monotonic() - started)
     peak = torch.cuda.max_memory_allocated()
     figures[f"3 layers of a 135M, {attention}{', checkpointing' if checkpointing else ''}"] = {
         "tokens_per_second": round(speed), "peak_gib": round(peak / GIB, 2),
