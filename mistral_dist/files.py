@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, also after a crash: written aside, synced, renamed."""
 
+import ctypes
 import errno
 import json
 import os
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mistral_dist.errors import RunError
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of rename(2)."""
 
 ASIDE = ".aside-"
 """Prefix of what is being written or removed; `sweep` clears what a killed process left of it."""
@@ -87,14 +92,26 @@ def asides_of(target: Path) -> list[Path]:
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Sync a finished folder and rename it into place; what stood there goes."""
+    """Sync a finished folder and rename it into place; what stood there goes. At every moment one of the two is there.
+
+    Not so where the file system cannot exchange names (NFS, say): between two renames there is neither.
+    """
     sync(aside)
-    old = aside_of(target)
-    if target.exists():
+    old = aside
+    if not target.exists():
+        aside.rename(target)
+    elif not _exchange(aside, target):
+        old = aside_of(target)
         target.rename(old)
-    aside.rename(target)
+        aside.rename(target)
     _sync_entry(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where that cannot be."""
+    rename = getattr(_LIBC, "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def remove(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests import faults
 from tests.conftest import WriteRecipe
@@ -60,6 +61,17 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
 
     for before, after, is_equal in [(2, 3, True), (5, 6, True), (7, 8, True), (3, 4, False), (6, 7, False), (8, 9, False)]:
         assert (state(before) == state(after)) == is_equal, (before, after)
+
+
+@pytest.mark.parametrize(("processes", "zero"), TOPOLOGIES)
+@pytest.mark.fault("a loss that is NaN in the very first step", "saved as it is; the next step is trained")
+def test_a_run_is_saved_before_its_first_update(processes: int, zero: int | str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(train={"steps": 2, "global_batch_size": 4}, checkpoint={"save_steps": 1})
+    assert mistral_dist("prepare", recipe).returncode == 0
+    run = train(recipe, tmp_path / "run", processes=processes, zero=zero, **faults.environment(nan_loss=[[1, 0]]))
+    assert steps_of(run, "untrained.jsonl") == [1]
+    moments = [load_file(run / "checkpoints" / f"checkpoint-{step}" / "optimizer.safetensors") for step in (1, 2)]
+    assert [any(moment.any() for moment in found.values()) for found in moments] == [False, True]
 
 
 IN_A_ROW = "the loss or the gradient was not finite in 3 steps in a row"

@@ -303,6 +303,25 @@ def test_a_save_that_is_cut_short_leaves_what_was_there(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_what_is_published_again_takes_the_place_of_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    """At no moment without one of the two, where names can be exchanged."""
+    renamed: list[Path] = []
+    monkeypatch.setattr(Path, "rename", lambda self, target: renamed.append(self) or os.rename(self, target))
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    for content in ("first", "second", "third"):
+        aside = files.aside_of(tmp_path / "it")
+        aside.mkdir()
+        (aside / content).write_text(content)
+        files.publish(aside, tmp_path / "it")
+        assert [file.name for file in (tmp_path / "it").iterdir()] == [content]
+        assert list(tmp_path.iterdir()) == [tmp_path / "it"]
+    assert len(renamed) == (1 if can_exchange else 5)
+
+
 def test_sweep_removes_what_a_killed_save_left(tmp_path: Path) -> None:
     (tmp_path / ".aside-checkpoint-3-x" / "adapter").mkdir(parents=True)
     save(tmp_path, 5)
