@@ -234,13 +234,22 @@ class Session:
         self.saved, self.known, self.drops = self.progress.step, self._knows(), []
         if not self.runtime.is_main:
             return
-        # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
-        for step, _, drop in sorted((drop for _, drops in everywhere for drop in drops), key=lambda drop: drop[:2]):
-            self.run.append("quarantine.jsonl", {"step": step, "place": drop.place, "reason": drop.reason, "because": drop.because})
+        self._quarantine([drops for _, drops in everywhere])
         progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
         metric = progress.validation.loss_at(progress.step)
         snapshot = Snapshot(progress, adapter, self.adapter_config(), moments, self._facts(), metric)
         self.saver.start(snapshot, time.monotonic() - started)
+
+    def note_drops(self, work: Work) -> None:
+        """Note the rows that a refused step has dropped, and those since the last checkpoint, before the run ends. A collective."""
+        everywhere = self.runtime.gather([*self.drops, *((work.step + 1, slot, drop) for slot, drop in work.drops)])
+        if self.runtime.is_main:
+            self._quarantine(everywhere)
+
+    def _quarantine(self, everywhere: Sequence[Sequence[tuple[int, int, Drop]]]) -> None:
+        # a slot is served by one rank, whose rows are in order: the file is the same on any number of ranks
+        for step, _, drop in sorted((drop for drops in everywhere for drop in drops), key=lambda drop: drop[:2]):
+            self.run.append("quarantine.jsonl", {"step": step, "place": drop.place, "reason": drop.reason, "because": drop.because})
 
     def _tell_status(self) -> None:
         """Say how far the run is; that it has failed, as another rank of this launch may have said since it began, stays."""

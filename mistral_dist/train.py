@@ -27,7 +27,7 @@ from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
 from mistral_dist.ending import end, publish
 from mistral_dist.entry import end_before_start, note_failure, open_run
-from mistral_dist.errors import FINISHED, STOPPED, MistralDistError, RunError, StopAgreed
+from mistral_dist.errors import FINISHED, STOPPED, DataError, MistralDistError, RunError, StopAgreed
 from mistral_dist.loss import refusing_infinity, summed_loss
 from mistral_dist.model import scoring
 from mistral_dist.optim import lr_at
@@ -80,7 +80,11 @@ def train_on(session: Session) -> None:
         return
     stream = session.feed.stream
     for own in stream.from_cursor(session.progress.cursor):
-        work = stream.agree(own, session.runtime.sum)
+        try:
+            work = stream.agree(own, session.runtime.sum)
+        except DataError:  # on all ranks alike
+            session.note_drops(own)
+            raise
         result = pass_over(session, work) if session.passes_over(work) else step(session, work)
         session.advance(work, result)
         trouble = session.trouble()

@@ -305,7 +305,8 @@ class Lanes:
         first = next((f"; the first here is {state.first_bad}" for state in own if state.first_bad), "")
         raise DataError(
             f"data.bad_rows={self.rules.bad_rows:g}: {bad:,} of the stream's first {rows:,} rows are no examples"
-            f" ({_by_reason(counts)} of them on this rank){first}; mend them, or raise data.bad_rows"
+            f" ({_by_reason(counts)} of them on this rank){first};"
+            " mend them (the run's quarantine.jsonl names each), or raise data.bad_rows"
         )
 
     def _work(self, step: int, lanes: dict[int, Iterator[Fed]]) -> Work:

@@ -1,6 +1,7 @@
 """Streams on real ranks: the order of the data and the losses are those of one process, through a kill and a move."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -93,3 +94,28 @@ def test_a_part_without_a_usable_row_ends_all_ranks_and_says_so(
     assert "part 4 of the 4 that the stream is dealt out in: none of its rows can be used" in done.stdout + done.stderr
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 2)
     wait_for(lambda: not workers(run))
+
+
+@pytest.mark.fault("a stream with too many rows that are no examples", "fails with the counts, exit code 2; each is named", zero=(2,))
+def test_too_many_bad_rows_end_the_run_and_are_named(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """One row in ten, where one in twenty is allowed: it is known after 1,000 rows, before there is a checkpoint."""
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    rows = [("{" if n % 10 == 9 else "") + json.dumps({"text": f"Entry {n}.", "label": "numpy"}) + "\n" for n in range(2000)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    recipe = write_recipe(
+        data={"sources": [{"path": str(folder)}], "streaming": True, "block": 64, "max_length": 512, "bad_rows": 0.05},
+        train={"steps": 500, "global_batch_size": BATCH, "gradient_checkpointing": False},
+        checkpoint={"save_steps": 500},
+    )
+    run = tmp_path / "run"
+    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    told = status(run)["message"]
+    counts = re.search(r"data\.bad_rows=0\.05: (\d+) of the stream's first ([\d,]+) rows are no examples", told)
+    assert counts is not None, told
+    entries = lines(run / "quarantine.jsonl")
+    assert {entry["reason"] for entry in entries} == {"not_json"}
+    # of a block that was begun all are there
+    assert len({entry["place"] for entry in entries}) == len(entries) >= int(counts[1]) > 50
+    assert not list((run / "checkpoints").glob("checkpoint-*"))
