@@ -194,6 +194,7 @@ def test_a_hung_rank_is_named_and_killed(zero: int, recipe: Path, never_stopped:
     assert not (run / "stacks" / "rank-0.txt").exists()
 
 
+@pytest.mark.matrix
 @pytest.mark.fault("a rank that is slow", "named in the log, with process and machine; the run goes on", zero=(2,))
 def test_a_slow_rank_is_named_and_ranks_that_keep_pace_are_not(recipe: Path, tmp_path: Path) -> None:
     """Forwards that sleep: on both ranks for as long, and on one for six times as long. What else runs here counts for little then."""

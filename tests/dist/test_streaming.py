@@ -41,7 +41,7 @@ def dropped(run: Path, exactly: bool) -> list[list[object]]:
     return [[entry["step"], entry["reason"], entry["place"] if exactly else entry["place"].split(".jsonl")[0]] for entry in entries]
 
 
-@pytest.mark.parametrize("shards", [7, 2], ids=["whole shards", "every fourth row"])
+@pytest.mark.parametrize("shards", [pytest.param(7, id="whole shards"), pytest.param(2, id="every fourth row", marks=pytest.mark.matrix)])
 def test_a_stream_is_the_same_on_any_ranks_and_through_a_kill(
     shards: int, write_recipe: WriteRecipe, texts: list[dict[str, str]], tmp_path: Path
 ) -> None:
