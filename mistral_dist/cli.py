@@ -128,7 +128,10 @@ def train(
 ) -> None:
     """Train, or go on from the last good checkpoint, on all visible GPUs; prepares the data if needed."""
     from mistral_dist.config import Recipe
+    from mistral_dist.display import outlast_terminal
     from mistral_dist.workflow import start_training
+
+    outlast_terminal()
 
     words = list(overrides or [])
     recipe = Recipe.load(recipe_file, words)

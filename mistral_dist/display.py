@@ -3,11 +3,14 @@
 Progress is read from the run directory, so it is the same for the process that started the run and for `status --follow`.
 """
 
+import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,11 +28,46 @@ PLAIN_EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
 RECENT = 20
 """Steps behind the speed that is shown."""
+NEWS = re.compile(r"note: |going on from |checkpoint-\d+ (is damaged|cannot be read) |step \d+: ")
+"""How the lines of the workers' log begin that are shown in the terminal, too."""
 
 
 def say(line: str, style: str | None = None) -> None:
     """One line as it is: no markup in paths or overrides is obeyed, and nothing is wrapped."""
     console.print(line, style=style, markup=False, soft_wrap=True)
+
+
+class _Outlasting:
+    """A stream that may close, as a terminal does, or a pipe: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def outlast_terminal() -> None:
+    """From here on this process goes on where nobody reads what it says: a terminal that closes must not end a training."""
+    sys.stdout, sys.stderr = _Outlasting(sys.stdout), _Outlasting(sys.stderr)
 
 
 def track(items: Iterable[Any], what: str) -> Iterable[Any]:
@@ -41,9 +79,11 @@ def track(items: Iterable[Any], what: str) -> Iterable[Any]:
 def following(run: RunDirectory) -> Iterator[Callable[[], None]]:
     """A function to call often, which shows how the training of a run goes on."""
     with _live() if console.is_terminal else _plain() as show:
-        seen = _Metrics(run)
+        seen, news = _Metrics(run), _News(run.log)
 
         def tick() -> None:
+            for line in news.lines():
+                say(line)
             status = run.status() or {}
             last = seen.last()
             if status.get("state") == "running" and status.get("steps"):
@@ -129,6 +169,23 @@ def minutes(seconds: float) -> str:
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s" if rest >= 60 else f"{rest} s"
+
+
+class _News:
+    """What the log says from now on that its reader should know at once."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read = log.stat().st_size if log.is_file() else 0
+
+    def lines(self) -> list[str]:
+        if not self._log.is_file() or self._log.stat().st_size <= self._read:
+            return []
+        with open(self._log, "rb") as stream:
+            stream.seek(self._read)
+            whole = stream.read().rpartition(b"\n")
+        self._read += len(whole[0] + whole[1])
+        return [line for line in whole[0].decode("utf-8", "replace").splitlines() if NEWS.match(line)]
 
 
 class _Metrics:

@@ -83,6 +83,11 @@ def _refuse_modules(base: torch.nn.Module, lora: Lora) -> None:
     for field, wanted in [*(("target_modules", name) for name in targets), *(("modules_to_save", name) for name in lora.modules_to_save)]:
         found = {name: module for name, module in named.items() if name == wanted or name.endswith(f".{wanted}")}
         place = f"lora.{field}: {wanted}"
+        if not found and field == "target_modules":
+            names = sorted(
+                {name.rpartition(".")[2] for name, module in named.items() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
+            )
+            raise ModelError(f"{place}: this base has no layer of that name; it has {', '.join(names)}")
         if found.keys() & tied:
             remedy = "leave it out, or take a base that does not tie them (Mistral-7B does not)"
             raise ModelError(

@@ -65,7 +65,7 @@ def start_training(
     before = run.log.stat().st_size if run.log.is_file() else 0
     kills = memory_kills()
     with following(run) as tick:
-        code = launcher.run(line, run.log, tick, started)
+        code = launcher.run(line, run.log, tick, say, started)
     why = cause(_since(run.log, before), memory_kills() - kills) if code != FINISHED else None
     return _ended(run, code, status, time.monotonic() - launched, why)
 
@@ -88,7 +88,7 @@ def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes:
     for leftover in ("failure.json", "progress.json"):
         (folder / leftover).unlink(missing_ok=True)
     with evaluating(run) as tick:
-        code = launcher.run(line, run.log, tick)
+        code = launcher.run(line, run.log, tick, say)
     (folder / "progress.json").unlink(missing_ok=True)
     result, failure = read_json(folder / "test.json"), read_json(folder / "failure.json")
     if failure is not None:

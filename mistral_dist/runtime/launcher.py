@@ -74,11 +74,11 @@ def threads_per_process(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def run(line: Line, log: Path, tick: Callable[[], None], started: float | None = None) -> int:
+def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], None], started: float | None = None) -> int:
     """Run a line to its end, its output in `log`; return its exit code (0 or not, see Accelerate).
 
     `started`: when the user asked for it, on the monotonic clock; train.max_seconds counts from there. `tick` is called several
-    times a second. A stop signal goes on to the workers, once; they save and end by themselves.
+    times a second. A stop signal goes on to the workers, once, and `say` is told; they save and end by themselves.
     """
     environment = {**os.environ, process.LAUNCHER: process.identity(), process.STARTED: str(started or time.monotonic())}
     if not line.gpus:
@@ -95,18 +95,24 @@ def run(line: Line, log: Path, tick: Callable[[], None], started: float | None =
             preexec_fn=process.ask_for_death_with_parent,
         )  # fmt: skip
         try:
-            return _wait(agent, line, stop, tick)
+            return _wait(agent, line, stop, tick, say)
         finally:
             _end(agent)
 
 
-def _wait(agent: "subprocess.Popen[bytes]", line: Line, stop: process.StopRequest, tick: Callable[[], None]) -> int:
+def _wait(
+    agent: "subprocess.Popen[bytes]", line: Line, stop: process.StopRequest, tick: Callable[[], None], say: Callable[[str], None]
+) -> int:
     asked: set[int] = set()
+    told = False
     while agent.poll() is None:
         if stop.signal is not None:
             if not line.saves:
                 return FAILED
-            _ask(agent, asked)
+            if not told:
+                told = True
+                say(f"{stop.signal.name}: stopping; the workers leave the step, or end the stage of loading, that they are in, and save")
+            _ask(agent, stop.signal, asked)
         with contextlib.suppress(OSError):  # a file server that is away for a moment must not end a healthy run
             tick()
         time.sleep(0.1)
@@ -115,13 +121,13 @@ def _wait(agent: "subprocess.Popen[bytes]", line: Line, stop: process.StopReques
     return agent.returncode
 
 
-def _ask(agent: "subprocess.Popen[bytes]", asked: set[int]) -> None:
-    """Send SIGTERM once to each worker that can take it, not to their agent, which would kill them 30 seconds later."""
+def _ask(agent: "subprocess.Popen[bytes]", number: signal.Signals, asked: set[int]) -> None:
+    """Pass a signal on, once to each worker that can take it, not to their agent, which would kill them 30 seconds later."""
     for child in _descendants(agent.pid):
-        if child.pid not in asked and process.catches(child.pid, signal.SIGTERM):
+        if child.pid not in asked and process.catches(child.pid, process.STOP_SIGNALS[-1]):
             asked.add(child.pid)
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGTERM)
+                child.send_signal(number)
 
 
 def _end(agent: "subprocess.Popen[bytes]") -> None:

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""In the order in which they get their handlers: who catches the last one catches all."""
 LAUNCHER = "MISTRAL_DIST_LAUNCHER"
 """The `identity` of the `mistral-dist` process that started a worker."""
 

@@ -64,7 +64,7 @@ def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopp
             os.kill(started.pid, number)
             os.kill(started.pid, number)
             assert started.wait(120) == 85
-        assert_stopped(run, "on request (SIGTERM)")
+        assert_stopped(run, f"on request ({number.name})")
 
     # to one worker alone: all stop at the same step; and to the other, while it saves
     with training(recipe, run, until=16) as started:

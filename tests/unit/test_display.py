@@ -1,13 +1,14 @@
-"""What a person sees of the speed."""
+"""What a person sees of a run, and that a run goes on where nobody sees it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mistral_dist.cli import _status_table
-from mistral_dist.display import _measures, _Metrics
+from mistral_dist.display import _measures, _Metrics, _News, _Outlasting
 from mistral_dist.run import RunDirectory
 
 TRAINED: dict[str, Any] = {"loss": 0.5, "tokens": 300, "tokens_per_second": 100.0, "seconds": 3.0}
@@ -36,3 +37,31 @@ def test_where_all_are_passed_over_no_speed_is_shown(tmp_path: Path) -> None:
     last = seen.last()
     assert (seen.tokens_per_second(), seen.seconds_per_step()) == (None, None)
     assert _measures(last, seen.tokens_per_second(), None) == "not trained"
+
+
+def test_news_are_shown_once_and_whole(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("note: of the launch before\n")
+    news = _News(log)
+    assert news.lines() == []
+    with open(log, "a", encoding="utf-8") as stream:
+        stream.write(
+            "checkpoint-15 is damaged (adapter is missing); passed over\ngoing on from checkpoint-10\nstep 11/20  loss 0.5\nnote: ra"
+        )
+        stream.flush()
+        assert news.lines() == ["checkpoint-15 is damaged (adapter is missing); passed over", "going on from checkpoint-10"]
+        stream.write("nk 1 is slow\nstep 12: because; back to checkpoint-10\n")
+        stream.flush()
+    assert news.lines() == ["note: rank 1 is slow", "step 12: because; back to checkpoint-10"]
+    assert news.lines() == []
+
+
+def test_a_terminal_that_closes_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        screen = _Outlasting(stream)
+        for _ in range(2):
+            assert screen.write("step 1") == 6
+            screen.flush()
+        assert screen.isatty() is False

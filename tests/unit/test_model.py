@@ -220,7 +220,7 @@ def test_a_missing_model_names_the_way_to_it(tmp_path: Path) -> None:
 
 def test_target_modules_that_do_not_exist_are_refused(recipe: Callable[..., Recipe]) -> None:
     base = load_base(recipe().model, CPU, "sdpa")
-    with pytest.raises(ModelError, match=r"lora.target_modules: .*query"):
+    with pytest.raises(ModelError, match=r"lora.target_modules: query: this base has no layer of that name; it has down_proj, .*q_proj"):
         add_adapter(base, Lora(target_modules=("query",)), "x", 0)
 
 
