@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_dist.errors import FAILED, WRONG_INPUT, MistralDistError, RecipeError
+from mistral_dist.errors import FAILED, FINISHED, STOPPED, WRONG_INPUT, MistralDistError, RecipeError
 from mistral_dist.runtime.process import quiet_libraries
 
 app = typer.Typer(
@@ -25,6 +25,10 @@ NO_PLACE = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryEr
 """A path that cannot be written to, or is something else: the user's to mend."""
 
 
+QUEUE_EVERY = 5.0
+"""Seconds between two questions to a scheduler, which serves many."""
+
+
 class Split(StrEnum):
     """The parts of prepared data."""
 
@@ -37,7 +41,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Overrides of the recipe")]
 Processes = Annotated[
-    int | None, typer.Option("--processes", "--gpus", min=1, help="How many; default: all visible GPUs, or 2 CPU processes")
+    int | None, typer.Option("--processes", "--gpus", min=1, help="How many on each machine; default: all visible GPUs, or 2 CPU processes")
 ]
 
 
@@ -110,7 +114,9 @@ def preview(
 @app.command(
     epilog="Examples: `mistral-dist train configs/recipes/demo.yaml`;"
     " `mistral-dist train my.yaml optim.learning_rate=1e-4 run.dir=runs/lower`;"
-    " `mistral-dist train my.yaml --gpus 4 --zero 3`. Exit codes: 0 finished, 85 stopped (run it again), 2 wrong input, 1 else."
+    " `mistral-dist train my.yaml --gpus 4 --zero 3`; on each of two machines, the second with `--node-rank 1`:"
+    " `mistral-dist train my.yaml --nodes 2 --node-rank 0 --main-address gpu1:29500`."
+    " Exit codes: 0 finished, 85 stopped (run it again), 2 wrong input, 1 else."
 )
 def train(
     recipe_file: RecipeFile,
@@ -121,32 +127,45 @@ def train(
         bool, typer.Option("--offload", help="ZeRO 2 or 3 with the optimizer's state and update in the machine's own memory")
     ] = False,
     config_file: Annotated[Path | None, typer.Option(help="An accelerate config of your own")] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Machines that train together; the same command on each. Default: one, or those of the SLURM step"),
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this machine is, from 0")] = None,
+    main_address: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Where the others reach node 0; the same on all. Default port: 29500")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Look at recipe, data, base and run directory, and leave")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run aside and start anew")] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="20 steps in one process without ZeRO, looked at from all sides, in RUN-debug")
     ] = False,
 ) -> None:
-    """Train, or go on from the last good checkpoint, on all visible GPUs; prepares the data if needed."""
+    """Train, or go on from the last good checkpoint, on all visible GPUs; on one machine it also prepares the data if needed."""
     from mistral_dist.config import Recipe
     from mistral_dist.display import outlast_terminal
-    from mistral_dist.workflow import start_training
+    from mistral_dist.runtime.nodes import nodes_of
+    from mistral_dist.runtime.process import leave_when_asked
+    from mistral_dist.topology import Topology
+    from mistral_dist.workflow import check_training, start_training
 
     outlast_terminal()
-
+    leave_when_asked(STOPPED)
     words = list(overrides or [])
     recipe = Recipe.load(recipe_file, words)
+    if check:
+        check_training(recipe)
+        raise typer.Exit(FINISHED)
     if debug:
         from mistral_dist.debug.mode import start_debug
 
-        if processes is not None or zero is not None or offload or config_file is not None or fresh:
+        if any(option not in (None, False) for option in (processes, zero, offload, config_file, nodes, node_rank, main_address, fresh)):
             raise RecipeError(
-                "--debug: one process without ZeRO, always begun anew; no --gpus, --zero, --offload, --config-file or --fresh"
+                "--debug: one process without ZeRO, always begun anew; no --gpus, --zero, --offload, --config-file, --nodes or --fresh"
             )
         raise typer.Exit(start_debug(recipe_file, words))
-    code = start_training(
-        recipe, [str(recipe_file), *words], processes=processes, zero=zero, offload=offload, config=config_file, fresh=fresh
-    )
-    raise typer.Exit(code)
+    asked = Topology(processes, zero, offload, config_file, nodes_of(nodes, node_rank, main_address))
+    raise typer.Exit(start_training(recipe, [str(recipe_file), *words], asked, fresh=fresh))
 
 
 @app.command(epilog="Example: `mistral-dist evaluate runs/demo`")
@@ -205,9 +224,9 @@ def status(run_folder: RunFolder, follow: Annotated[bool, typer.Option("--follow
     run.recipe()
     if follow:
         with following(run) as tick:
-            while holder(run.path) is not None:
+            while holder(run.path) is not None or _is_queued(run):
                 tick()
-                time.sleep(0.2)
+                time.sleep(0.5)
     console.print(_status_table(run))
 
 
@@ -256,15 +275,31 @@ def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
     return table
 
 
+def _is_queued(run: Any) -> bool:
+    """Whether the scheduler will go on with a run that has stopped. Asked every few seconds at most, by whoever follows."""
+    from mistral_dist.runtime import slurm
+
+    job = (run.status() or {}).get("job")
+    if job is None or (run.status() or {})["state"] == "finished":
+        return False
+    time.sleep(QUEUE_EVERY)
+    return (slurm.state(job) or "").split(" ")[0] in slurm.ALIVE
+
+
 def _status_table(run: Any) -> Any:
-    from mistral_dist.display import facts, validation_words
+    from mistral_dist.display import eta, facts, validation_words
     from mistral_dist.run import holder
+    from mistral_dist.runtime import slurm
 
     state, last = run.status() or {"state": "never started", "message": ""}, run.recent_metrics(1)
     writer = holder(run.path)
     if state["state"] == "running" and writer is None:
         state = {**state, "state": "interrupted", "message": "ended without a word; run the same command to go on"}
     rows = [("run", run.path), ("state", state["state"]), ("message", state["message"])]
+    if state.get("job"):
+        rows.append(("job", f"SLURM {state['job']}: {slurm.state(state['job']) or 'the scheduler says nothing of it'}"))
+    if state.get("launches", 1) > 1:
+        rows.append(("restarts", state["launches"] - 1))
     if state.get("steps"):
         rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
     if last:
@@ -274,6 +309,9 @@ def _status_table(run: Any) -> Any:
     validation = run.last_validation()
     if validation:
         rows.append(("validation", f"loss {validation_words(validation)}"))
+    remaining = eta(run) if writer is not None else None
+    if remaining is not None:
+        rows.append(("ETA", remaining))
     rows.append(("writer", writer or "none"))
     return facts(rows)
 

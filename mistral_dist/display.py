@@ -217,6 +217,15 @@ class _Metrics:
         return [entry for entry in self._recent if entry["tokens_per_second"] is not None]
 
 
+def eta(run: RunDirectory) -> str | None:
+    """How long a run in training will still take, in words; None where that cannot be told yet."""
+    status, seen = run.status() or {}, _Metrics(run)
+    if seen.last() is None or not status.get("steps"):
+        return None
+    seconds = seen.seconds_per_step()
+    return minutes((status["steps"] - status["step"]) * seconds) if seconds else None
+
+
 def _measures(last: dict[str, Any] | None, speed: float | None, validation: dict[str, Any] | None) -> str:
     if not last:
         return "loading the model"

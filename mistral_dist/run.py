@@ -1,13 +1,13 @@
 """The run directory: one writer at a time, a status that other tools read, metrics that only grow.
 
     recipe.yaml          resolved
-    status.json          state, exit code, message, step, steps, checkpoint, updated
+    status.json          state, exit code, message, step, steps, checkpoint, launches so far, SLURM's job, updated
     metrics.jsonl        one object for each step, and one ("eval") for each validation, after that of its step
     data_order.jsonl     with log.data_order
     untrained.jsonl      steps that changed nothing, why, and the ids of the examples that may be to blame
     quarantine.jsonl     of a stream: every row that was dropped, with place and reason, as of the last checkpoint
     debug.jsonl          of the debug mode: what was looked at, and found
-    log.txt              what the workers and their libraries printed
+    log.txt              what the workers and their libraries printed; log-node1.txt: those of another node than the first
     lease.json           who writes here now
     checkpoints/ adapter/ evaluation/
 
@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,10 @@ from mistral_dist.errors import MachineError, RunError, TrainingError
 from mistral_dist.files import describe, read_json, remedy, replace_text, write_text
 from mistral_dist.journal import Journal, step_of
 from mistral_dist.runtime import process
+from mistral_dist.runtime.nodes import Nodes
 
+PROGRESS = ("step", "steps", "checkpoint")
+"""Of a status; null where nothing is known of them yet."""
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -55,6 +59,10 @@ class RunDirectory:
         """What must have ended before the lease is given back."""
         self._journals: dict[str, Journal] = {}
 
+    def log_of(self, nodes: Nodes | None) -> Path:
+        """Where this node's workers print."""
+        return self.log if nodes is None or nodes.is_first else self.path / f"log-node{nodes.rank}.txt"
+
     def recipe(self) -> Recipe:
         """The recipe that the run was started with. Raises RunError where there is no run."""
         file = self.path / "recipe.yaml"
@@ -74,14 +82,14 @@ class RunDirectory:
         return read_json(self.path / "status.json")
 
     def set_status(self, state: State, exit_code: int | None, message: str, **progress: Any) -> None:
-        """Replace status.json; step, steps and checkpoint keep their values unless given. Works on a full disk.
+        """Replace status.json; step, steps, checkpoint, launches and job keep their values unless given. Works on a full disk.
 
         Raises OSError where the folder cannot be written, or may not because the lease has expired.
         """
         if self._is_expired() or (self.lease is not None and self.lease.lost) or self._is_anothers():
             raise OSError(errno.ETIMEDOUT, "the lease could not be renewed, or another holds it", str(self.path))
         before = self.status() or {}
-        kept = {key: before.get(key) for key in ("step", "steps", "checkpoint")}
+        kept = {**dict.fromkeys(PROGRESS), **{key: before[key] for key in (*PROGRESS, "launches", "job") if key in before}}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         status = {"state": state, "exit_code": exit_code, "message": message, **kept, **progress, "updated": now}
         replace_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
@@ -217,7 +225,7 @@ class Lease:
             found = read_json(self._file)
             check_free(self._file.parent)
             if found is not None:
-                self._remove(found.get("token"))
+                remove_lease(self._file, found.get("token"))
 
     def _content(self) -> str:
         started_by = process.environment(process.LAUNCHER) or process.identity()
@@ -234,18 +242,6 @@ class Lease:
             return False
         finally:
             aside.unlink(missing_ok=True)
-
-    def _remove(self, token: Any) -> None:
-        """Remove a dead holder's file, but not that of another who has taken over from it in the meantime."""
-        grave = self._file.with_name(f".lease-old-{self.token}")
-        try:
-            self._file.rename(grave)
-        except FileNotFoundError:
-            return
-        if (read_json(grave) or {}).get("token") != token:
-            with contextlib.suppress(FileExistsError):
-                os.link(grave, self._file)
-        grave.unlink()
 
     def look(self) -> None:
         """Whether the run is still ours. Raises OSError where that cannot be seen."""
@@ -291,6 +287,39 @@ def check_free(path: Path) -> None:
     who = holder(path)
     if who is not None:
         raise RunError(f"{path}: in use by {who}; wait for it, stop it, or start another run with run.dir=...")
+
+
+def wait_until_free(path: Path, say: Callable[[str], None]) -> None:
+    """Raise RunError, naming the holder, where another process writes in a run directory.
+
+    One on another machine may have ended with it: it has its time to renew its lease. The lease of one that is known to have ended
+    is removed, so that other machines need not wait.
+    """
+    file = path / "lease.json"
+    first = read_json(file)
+    who = holder(path)
+    if first is None or who is None:
+        if first is not None:
+            remove_lease(file, first.get("token"))
+        return
+    if first["host"] != _host():
+        say(f"{path}: in use by {who}, or left so by one that is gone: waiting for its next sign, {Lease.EXPIRES:.0f} s at most")
+        while holder(path) is not None and (read_json(file) or first)["renewed"] == first["renewed"]:
+            time.sleep(1.0)
+    check_free(path)
+
+
+def remove_lease(file: Path, token: Any) -> None:
+    """Remove a dead holder's lease, but not that of another who has taken over from it in the meantime."""
+    grave = file.with_name(f".lease-old-{uuid.uuid4().hex}")
+    try:
+        file.rename(grave)
+    except FileNotFoundError:
+        return
+    if (read_json(grave) or {}).get("token") != token:
+        with contextlib.suppress(FileExistsError):
+            os.link(grave, file)
+    grave.unlink()
 
 
 def move_aside(path: Path) -> Path | None:

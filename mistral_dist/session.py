@@ -25,6 +25,7 @@ from mistral_dist.micro_batch import settled
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
+from mistral_dist.runtime import slurm
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.saver import Saver
 from mistral_dist.validation import Measured, Validation
@@ -334,7 +335,9 @@ class Session:
 
     def _mark_start(self) -> None:
         self.run.cut_back(self.progress.reached)
-        self.run.set_status("running", None, "training", step=self.progress.step, steps=self.steps, checkpoint=name_of(self.saved))
+        launches = (self.run.status() or {}).get("launches", 0) + 1
+        begins = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saved), "launches": launches}
+        self.run.set_status("running", None, "training", **begins, job=slurm.job())
 
     def _data_order(self, work: Work) -> list[str]:
         """The ids of the step's examples, slot by slot, as they went through the forward on whichever rank."""

@@ -12,6 +12,7 @@ from mistral_dist.files import read_json
 from mistral_dist.run import RunDirectory, check_free
 from mistral_dist.runtime.launcher import visible_gpus
 from mistral_dist.runtime.process import StopRequest
+from mistral_dist.topology import Topology
 from mistral_dist.workflow import prepare_if_needed, start_evaluation, start_training
 
 
@@ -58,7 +59,7 @@ def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunD
     # a machine may have more GPUs than the demo's small global batch has packs
     processes = min(visible_gpus() or 2, recipe.train.global_batch_size)
     with StopRequest() as stop:
-        code = start_training(recipe, [str(recipe_file), *overrides], processes=processes)
+        code = start_training(recipe, [str(recipe_file), *overrides], Topology(processes=processes))
     if code != FINISHED or stop.signal is not None:
         return STOPPED if code == FINISHED else code
 

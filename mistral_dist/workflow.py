@@ -6,18 +6,23 @@ Whatever the user can mend is found here, before workers start and a model is lo
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mistral_dist import assets, base_cache
+from mistral_dist import base_cache
 from mistral_dist.config import Recipe
 from mistral_dist.display import evaluating, following, minutes, say, track
-from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RecipeError, TrainingError
+from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RunError, TrainingError
 from mistral_dist.files import describe, read_json, remedy
-from mistral_dist.run import RunDirectory, check_free, check_same, move_aside
-from mistral_dist.runtime import launcher
+from mistral_dist.hub import local_path
+from mistral_dist.run import RunDirectory, check_free, check_same, holder, move_aside, wait_until_free
+from mistral_dist.runtime import launcher, slurm
 from mistral_dist.runtime.causes import cause, memory_kills
+from mistral_dist.topology import Topology, evaluation_line, training_line
+
+ANY = Topology()
+"""Nothing asked for: all of it is decided here."""
 
 TAIL = 15
 """Lines of the log that are shown where workers died without a word of ours."""
@@ -26,11 +31,8 @@ TAIL = 15
 def start_training(
     recipe: Recipe,
     words: Sequence[str],
+    asked: Topology = ANY,
     *,
-    processes: int | None = None,
-    zero: int | None = None,
-    offload: bool = False,
-    config: Path | None = None,
     fresh: bool = False,
     module: str = "mistral_dist.train",
 ) -> int:
@@ -40,50 +42,69 @@ def start_training(
     """
     started = time.monotonic()
     run = RunDirectory(recipe.run_dir)
-    if config is not None and not config.is_file():
-        raise RecipeError(f"--config-file {config}: no such file; configs/accelerate/ has some to start from")
-    check_free(run.path)
+    if fresh:
+        refuse_fresh(asked)
+    line = training_line(recipe, words, asked, module)
+    wait_until_free(run.path, say)
     status = None if fresh else run.status()
-    if status is not None and (run.path / "recipe.yaml").is_file():
-        check_same(recipe, run.recipe(), run.path)
-        if status["state"] == "finished":
-            say(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh")
-            return FINISHED
-    prepared = prepare_if_needed(recipe)
-    if prepared is not None:
-        from mistral_dist.data.feed import refuse_unvalidated
-
-        refuse_unvalidated(recipe, prepared)
-    line = replace(training_line(recipe, words, processes=processes, zero=zero, offload=offload, config=config), module=module)
+    if _is_finished(recipe, run, status):
+        return FINISHED
+    prepare_for_training(recipe, elsewhere=asked.nodes is not None)
     if fresh:  # only now, when nothing speaks against the new run
         old = move_aside(run.path)
         if old is not None:
             say(f"the old run is now {old}")
     base_cache.ensure_ahead(recipe.model, "cuda" if line.gpus else "cpu", say)
-    _announce(line, run)
+    log = run.log_of(asked.nodes)
+    _announce(line, log)
     launched = time.monotonic()
-    before = run.log.stat().st_size if run.log.is_file() else 0
+    before = log.stat().st_size if log.is_file() else 0
     kills = memory_kills()
-    with following(run) as tick:
-        code = launcher.run(line, run.log, tick, say, started)
-    why = cause(_since(run.log, before), memory_kills() - kills) if code != FINISHED else None
-    return _ended(run, code, status, time.monotonic() - launched, why)
+    with following(run) if log == run.log else nullcontext(lambda: None) as tick:
+        code = launcher.run(line, log, tick, say, started)
+    why = cause(_since(log, before), memory_kills() - kills) if code != FINISHED else None
+    return _ended(run, log, code, status, time.monotonic() - launched, why)
+
+
+def check_training(recipe: Recipe) -> None:
+    """Look at all that can be looked at before a machine is asked for: the run directory, the data, the base. Raises UserError."""
+    run = RunDirectory(recipe.run_dir)
+    wait_until_free(run.path, say)
+    if not _is_finished(recipe, run, run.status()):
+        local_path(recipe.model)
+        prepare_for_training(recipe, elsewhere=True)
+
+
+def _is_finished(recipe: Recipe, run: RunDirectory, status: dict[str, Any] | None) -> bool:
+    """Whether there is nothing left to do, which is said. Raises RunError where the run began with another recipe."""
+    if status is None or not (run.path / "recipe.yaml").is_file():
+        return False
+    check_same(recipe, run.recipe(), run.path)
+    if status["state"] == "finished":
+        say(f"{run.path}: {status['message']}; nothing to do. Another run: run.dir=..., or --fresh")
+    return bool(status["state"] == "finished")
+
+
+def prepare_for_training(recipe: Recipe, elsewhere: bool) -> None:
+    """As `prepare_if_needed`; also raises DataError where the recipe validates and nothing is held out for it."""
+    prepared = prepare_if_needed(recipe, elsewhere=elsewhere)
+    if prepared is not None:
+        from mistral_dist.data.feed import refuse_unvalidated
+
+        refuse_unvalidated(recipe, prepared)
+
+
+def refuse_fresh(asked: Topology) -> None:
+    """Raise RunError where --fresh would do harm: in a job that may be requeued, or on several nodes at once."""
+    where = "in a SLURM job, which would begin anew each time it is requeued" if slurm.job() else "on several nodes, each of which would"
+    if slurm.job() or asked.nodes:
+        raise RunError(f"--fresh: not {where}; set run.dir=... for a new run, or move the old one away yourself")
 
 
 def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes: int | None = None) -> dict[str, Any]:
     """Evaluate a finished run; return what test.json holds. Raises TrainingError with the reason where it failed."""
-    gpus = launcher.visible_gpus()
-    count = _processes(processes, gpus)
-    name = "single_gpu" if count == 1 else "data_parallel"
-    line = launcher.Line(
-        config=assets.find(f"configs/accelerate/{name}.yaml"),
-        module="mistral_dist.evaluate",
-        words=(str(run.path), *words),
-        processes=count,
-        gpus=gpus > 0,
-        saves=False,
-    )
-    _announce(line, run)
+    line = evaluation_line(run.path, words, processes)
+    _announce(line, run.log)
     folder = run.path / "evaluation"
     for leftover in ("failure.json", "progress.json"):
         (folder / leftover).unlink(missing_ok=True)
@@ -99,11 +120,12 @@ def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes:
     return result
 
 
-def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
+def prepare_if_needed(recipe: Recipe, *, again: bool = False, elsewhere: bool = False) -> Any:
     """The recipe's prepared data, made now where there are none; only with `again` is a data directory ever replaced.
 
     None where the recipe streams and holds nothing out: then there is nothing to prepare. Raises DataError where there are
-    some of another recipe: a run may still depend on them.
+    some of another recipe: a run may still depend on them; with `elsewhere`, also where there are none: several nodes would
+    each make them.
     """
     # these import transformers and datasets, seconds that a mistyped recipe need not wait for
     from mistral_dist.data import prepared, sources
@@ -115,7 +137,7 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
         sources.check(recipe.data.sources)
         if not has_held_out(recipe.data):
             return None
-    if again or prepared.read_manifest(recipe.data_dir) is None:
+    if again or (prepared.read_manifest(recipe.data_dir) is None and not elsewhere):
         sources.check(prepared.prepared_sources(recipe))
         encoder = load_encoder(recipe)
         return prepared.current(recipe, encoder) or prepare(recipe, encoder, track)
@@ -125,48 +147,11 @@ def prepare_if_needed(recipe: Recipe, *, again: bool = False) -> Any:
     return found
 
 
-def training_line(
-    recipe: Recipe,
-    words: Sequence[str],
-    *,
-    processes: int | None = None,
-    zero: int | None = None,
-    offload: bool = False,
-    config: Path | None = None,
-) -> launcher.Line:
-    """The `accelerate launch` line: one process without ZeRO, several under ZeRO-2, unless asked otherwise; `offload` needs ZeRO."""
-    if offload and zero is None and config is None:
-        zero = 2
-    if offload and zero not in (2, 3):
-        asked = "" if zero is None else f" with --zero {zero}"
-        raise RecipeError(f"--offload{asked}: the optimizer is offloaded under ZeRO-2 and 3 only; add --zero 2 or --zero 3")
-    gpus = launcher.visible_gpus()
-    if config is not None:
-        # the user's own: it decides what is not asked for here, the port between machines included
-        stage = _stage(zero, offload)
-        join = launcher.join_seconds()
-        return launcher.Line(
-            config, "mistral_dist.train", tuple(words), processes, stage, free_port=False, join_seconds=join, gpus=gpus > 0
-        )
-    count = _processes(processes, gpus)
-    packs = recipe.train.global_batch_size
-    if count > packs:
-        remedy = f"use --processes {packs}, or start a new run with a larger global batch"
-        raise RecipeError(f"train.global_batch_size={packs}: cannot be shared by {count} processes; {remedy}")
-    zero = zero if zero is not None else 2 if count > 1 else 0
-    name = "multi_gpu" if zero else "single_gpu" if count == 1 else "data_parallel"
-    accelerate = assets.find(f"configs/accelerate/{name}.yaml")
-    return launcher.Line(accelerate, "mistral_dist.train", tuple(words), count, _stage(zero, offload), gpus=gpus > 0)
-
-
-def _stage(zero: int | None, offload: bool) -> Path | None:
-    """The DeepSpeed configuration; None without ZeRO."""
-    return assets.find(f"configs/deepspeed/zero{zero}{'_offload' if offload else ''}.json") if zero else None
-
-
-def _announce(line: launcher.Line, run: RunDirectory) -> None:
+def _announce(line: launcher.Line, log: Path) -> None:
+    if line.nodes is not None:
+        say(str(line.nodes))
     say(f"$ {line}", "dim")
-    say(f"log: {run.log}", "dim")
+    say(f"log: {log}", "dim")
 
 
 def _show_tail(log: Path) -> None:
@@ -184,19 +169,15 @@ def _since(log: Path, start: int) -> str:
         return stream.read().decode("utf-8", "replace")
 
 
-def _processes(asked: int | None, gpus: int) -> int:
-    """All visible GPUs; without any, two processes, so that what runs is what would run on two GPUs."""
-    if asked is not None and gpus and asked > gpus:
-        raise RecipeError(f"--processes {asked}: only {gpus} GPUs are visible; see CUDA_VISIBLE_DEVICES")
-    return asked or gpus or 2
-
-
-def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds: float, why: str | None) -> int:
+def _ended(run: RunDirectory, log: Path, code: int, before: dict[str, Any] | None, seconds: float, why: str | None) -> int:
     """Say how the workers ended. Their exit code comes from the status, since Accelerate turns every failure into 1.
 
     `why`: what launcher and kernel say about it, where the workers could not.
     """
-    check_free(run.path)  # of two that start at once, one trains, and the other's workers have been refused
+    if log == run.log:
+        check_free(run.path)  # of two that start at once, one trains, and the other's workers have been refused
+    else:
+        _wait_for_first(run)
     status = run.status()
     if status is None or status["state"] == "running" or (status == before and code != 0):
         status = _fail(run, why or "the workers ended without a word (killed, or out of memory?)")
@@ -206,10 +187,17 @@ def _ended(run: RunDirectory, code: int, before: dict[str, Any] | None, seconds:
     if status["state"] == "failed":
         if status["exit_code"] != FAILED:
             raise TrainingError(status["message"], status["exit_code"])
-        _show_tail(run.log)
-        raise TrainingError(f"{run.path}: {status['message']}. The last lines of the workers are above, all of them in {run.log}")
+        _show_tail(log)
+        raise TrainingError(f"{run.path}: {status['message']}. The last lines of the workers are above, all of them in {log}")
     say(f"{run.path}: {status['message']}, after {minutes(seconds)}")
     return FINISHED if status["state"] == "finished" else STOPPED
+
+
+def _wait_for_first(run: RunDirectory) -> None:
+    """On another node than the first: give that, which writes, a moment to say how the run ended."""
+    end = time.monotonic() + launcher.GRACE
+    while holder(run.path) is not None and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def _fail(run: RunDirectory, message: str) -> dict[str, Any]:

@@ -6,25 +6,51 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-# Train on all GPUs of one node, through preemption and time limits.
-#   sbatch --gres=gpu:8 --time=8:00:00 slurm/train.sh RECIPE [section.field=value ...]
+# Train on all GPUs of one node or several, through preemption, time limits and nodes that fail (docs/slurm.md).
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=8:00:00 slurm/train.sh RECIPE [section.field=value ...]
+#   slurm/train.sh RECIPE ...      # looks at recipe, data and base first, then submits as slurm/site.env says
 # Before, on the login node: mistral-dist fetch RECIPE && mistral-dist prepare RECIPE [the same overrides]
-# 180 seconds before the time limit (and on preemption, where the site sends a signal first) the run saves and stops
-# (exit code 85); then this script puts the job back into the queue, and the run goes on by itself. More than one node: not here yet.
+# 180 seconds before the time limit, when it is preempted, and on scancel --signal=USR1, the run saves and stops; then the job
+# goes back into the queue, and the run goes on by itself. After a plain scancel it stays stopped: submit the same line again.
 set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
-# bash runs a trap only while it waits, so the run is in the background
-mistral-dist train "$@" &
+set -a
+site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
+# shellcheck source=/dev/null
+if [[ -f "$site" ]]; then . "$site"; fi
+set +a
+read -ra container <<<"${CONTAINER:-}"
+
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    ${container[@]+"${container[@]}"} mistral-dist train --check "$@" || exit
+    sbatch "$0" "$@" && exit
+    echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2
+    exit 2
+fi
+
+# compute nodes have no network; what is compiled on the way belongs on a node's own disk
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRITON_CACHE_DIR="/tmp/mistral-dist-$UID/triton"
+# srun no longer hands on by itself how many cores a task may use
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
+# one task on each node, which starts all its workers; where one ends, the others have two minutes to follow
+srun --kill-on-bad-exit=0 --wait=120 ${container[@]+"${container[@]}"} mistral-dist train "$@" &
 run=$!
-trap 'kill -TERM "$run" 2>/dev/null' USR1 TERM
+cancelled=
+trap 'echo "$(date +%FT%T) USR1: the run is asked to save and stop"; kill -USR1 "$run" 2>/dev/null' USR1
+trap 'cancelled=yes' TERM # scancel reaches the run by itself
+# bash runs a trap only while it waits, and that ends the wait: wait again for the run itself
 wait "$run"; code=$?
-# a signal interrupts `wait`: wait again for the run itself
 while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done
 
 # only now, after the save, may the job go back: a requeue ends everything that still runs
-if [[ $code -eq 85 && ${SLURM_RESTART_COUNT:-0} -lt ${MAX_RESTARTS:-20} ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+if [[ $code -eq 85 && -z "$cancelled" ]]; then
+    if [[ ${SLURM_RESTART_COUNT:-0} -ge ${MAX_RESTARTS:-20} ]]; then
+        echo "went back into the queue ${SLURM_RESTART_COUNT} times (MAX_RESTARTS); submit the same line again to go on"
+    elif ! scontrol requeue "$SLURM_JOB_ID"; then
+        echo "this cluster does not let the job go back into the queue; submit the same line again to go on"
+    fi
 fi
 exit "$code"

@@ -14,8 +14,10 @@ from mistral_dist.errors import FINISHED, RunError, TrainingError
 from mistral_dist.files import remove, write_text
 from mistral_dist.run import check_free
 from mistral_dist.runtime import launcher
+from mistral_dist.topology import Topology
 from mistral_dist.workflow import prepare_if_needed, start_training
 
+ALONE = Topology(processes=1, zero=0)
 STEPS = 20
 """Steps that are made; the middle one is saved, and gone on from in another process."""
 NO_VALIDATION = (
@@ -46,7 +48,7 @@ def start_debug(recipe_file: Path, overrides: Sequence[str]) -> int:
     say(f"debug mode: {STEPS} steps{less} in one process, in {folder}, which the next debug start removes")
     write_text(folder / FILE, "")
     try:
-        code = start_training(recipe, [str(recipe_file), *words], processes=1, zero=0, module="mistral_dist.debug.worker")
+        code = start_training(recipe, [str(recipe_file), *words], ALONE, module="mistral_dist.debug.worker")
     finally:
         found = show(folder)
     if found is not None:
@@ -97,7 +99,7 @@ def _resume(recipe_file: Path, words: Sequence[str], folder: Path) -> int:
     shutil.copytree(folder / "checkpoints" / half, again / "checkpoints" / half)
     words = [*words, f"run.dir={again}"]
     recipe = Recipe.load(recipe_file, words)
-    code = start_training(recipe, [str(recipe_file), *words], processes=1, zero=0)
+    code = start_training(recipe, [str(recipe_file), *words], ALONE)
     if code != FINISHED:
         return code
     has_gpu = launcher.visible_gpus() > 0

@@ -60,15 +60,15 @@ def _first_signal(log: str) -> tuple[int, int, int] | None:
 
 def _port_in_use(log: str, _kills: int) -> str | None:
     found = re.search(r"port:? `?(\d+)`?[^\n]*(?:already in use|EADDRINUSE|another process is utilizing)", log, re.IGNORECASE)
-    return found and f"port {found[1]} is in use on this machine; name another one on all machines with main_process_port"
+    return found and f"port {found[1]} is in use on this machine; name another one on all nodes: --main-address HOST:PORT"
 
 
 def _machine_missing(log: str, _kills: int) -> str | None:
     found = re.search(r"Timed out after (\d+) seconds waiting for clients\. (\d+)/(\d+) clients joined", log)
     if found is None:
         return None
-    came = f"only {found[2]} of {found[3]} machines came within {found[1]} s"
-    return f"{came}; start the same command on all of them, each with its machine_rank"
+    came = f"only {found[2]} of {found[3]} nodes came within {found[1]} s"
+    return f"{came}; start the same command on all of them, each with its own --node-rank"
 
 
 def _nobody_there(log: str, _kills: int) -> str | None:
@@ -76,7 +76,7 @@ def _nobody_there(log: str, _kills: int) -> str | None:
     if found is None:
         return None
     where, seconds = f"{found[2]}, port {found[3]}", int(found[1]) // 1000
-    return f"nobody answers at {where}, for {seconds} s; is the first machine (machine_rank 0) up, with that main_process_ip and port?"
+    return f"nobody answers at {where}, for {seconds} s; is node 0 up, and was it started with the same --main-address?"
 
 
 def _no_memory(log: str, _kills: int) -> str | None:

@@ -19,6 +19,7 @@ import psutil
 
 from mistral_dist.errors import FAILED
 from mistral_dist.runtime import process
+from mistral_dist.runtime.nodes import Nodes
 
 GRACE = 30.0
 """Seconds that workers have to end by themselves after their agent has gone."""
@@ -32,9 +33,12 @@ class Line:
     module: str
     words: tuple[str, ...]
     processes: int | None = None
-    """None leaves it to `config`."""
+    """On all nodes together; None leaves it to `config`."""
     deepspeed: Path | None = None
-    free_port: bool = True
+    nodes: Nodes | None = None
+    """None for this machine alone."""
+    port: int | None = 0
+    """Where the workers meet. 0: any free one, so that two runs on one machine never meet; None leaves it to `config`."""
     join_seconds: int | None = None
     """How long machines wait for each other at the start; None: as long as torchrun does by itself, 10 minutes."""
     gpus: bool = False
@@ -45,10 +49,13 @@ class Line:
         """What follows `accelerate launch`."""
         count = [] if self.processes is None else ["--num_processes", str(self.processes)]
         stage = [] if self.deepspeed is None else ["--deepspeed_config_file", str(self.deepspeed)]
-        # port 0: any free one, so that two runs on one machine never meet
-        port = ["--main_process_port", "0"] if self.free_port else []
+        nodes, port = [], []
+        if self.nodes is not None:
+            nodes = ["--num_machines", self.nodes.count, "--machine_rank", self.nodes.rank, "--main_process_ip", self.nodes.address]
+        if self.port is not None:
+            port = ["--main_process_port", self.port]
         join = [] if self.join_seconds is None else ["--rdzv_conf", f"timeout={self.join_seconds}"]
-        return ["--config_file", str(self.config), *count, *stage, *port, *join, "-m", self.module, *self.words]
+        return ["--config_file", str(self.config), *map(str, [*count, *stage, *nodes, *port, *join]), "-m", self.module, *self.words]
 
     def __str__(self) -> str:
         return shlex.join(["accelerate", "launch", *self.arguments()])
@@ -81,8 +88,10 @@ def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], No
     times a second. A stop signal goes on to the workers, once, and `say` is told; they save and end by themselves.
     """
     environment = {**os.environ, process.LAUNCHER: process.identity(), process.STARTED: str(started or time.monotonic())}
+    environment["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"  # torchrun would put its own handlers where the agent ignores a signal
     if not line.gpus:
-        environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(line.processes or 1)))
+        here = (line.processes or 1) // (line.nodes.count if line.nodes else 1)
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(here)))
     # `accelerate launch`, without what the other commands of `accelerate` import: 1 of 2.5 s of CPU time
     command = [sys.executable, "-m", "accelerate.commands.launch", *line.arguments()]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +101,7 @@ def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], No
         # a session of its own: Ctrl-C reaches this process alone, which then asks the workers
         agent = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True,
-            preexec_fn=process.ask_for_death_with_parent,
+            preexec_fn=process.become_agent,
         )  # fmt: skip
         try:
             return _wait(agent, line, stop, tick, say)

@@ -90,6 +90,27 @@ def ask_for_death_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def become_agent() -> None:
+    """For the process between a launcher and its workers: end with the launcher, and leave signals to it and to them.
+
+    A scheduler signals every process of a job. torchrun would kill its workers 30 seconds after it got one; Accelerate, with one
+    process, at once. SIGHUP is left alone: workers that inherit that it is ignored take it for nohup.
+    """
+    ask_for_death_with_parent()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_when_asked(code: int) -> None:
+    """From here on SIGTERM and SIGUSR1 end this process at once with a code: for as long as there is nothing to save."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(code)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
+
+
 def serve_parent() -> None:
     """For a helper process: end with the parent, and leave Ctrl-C to it."""
     ask_for_death_with_parent()

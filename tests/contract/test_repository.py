@@ -19,7 +19,7 @@ import pytest
 from mistral_dist import errors
 from mistral_dist.config import Recipe
 from mistral_dist.runtime.zero import resolve_deepspeed
-from mistral_dist.workflow import training_line
+from mistral_dist.topology import Topology, training_line
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "mistral_dist"
@@ -98,7 +98,7 @@ def test_offload_changes_where_the_optimizer_is_and_nothing_else(stage: int) -> 
 )
 def test_the_options_of_train_name_the_stage(zero: int | None, offload: bool, wanted: str) -> None:
     recipe = next(recipe for recipe in RECIPES if recipe.stem == "demo")
-    line = training_line(Recipe.load(recipe), [str(recipe)], processes=2, zero=zero, offload=offload)
+    line = training_line(Recipe.load(recipe), [str(recipe)], Topology(processes=2, zero=zero, offload=offload))
     assert line.deepspeed is not None and line.deepspeed.stem == wanted
     assert line.config.stem == "multi_gpu"
 
@@ -106,7 +106,7 @@ def test_the_options_of_train_name_the_stage(zero: int | None, offload: bool, wa
 @pytest.mark.parametrize("zero", [0, 1])
 def test_offload_without_a_stage_that_has_it_is_refused(zero: int) -> None:
     with pytest.raises(errors.RecipeError, match=rf"--offload with --zero {zero}: .*add --zero 2 or --zero 3"):
-        training_line(Recipe.load(RECIPES[0]), [], zero=zero, offload=True)
+        training_line(Recipe.load(RECIPES[0]), [], Topology(zero=zero, offload=True))
 
 
 @pytest.mark.parametrize("file", ACCELERATE, ids=name)

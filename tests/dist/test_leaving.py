@@ -275,7 +275,7 @@ threading.Thread(target=starve, daemon=True).start()
 @pytest.mark.fault("a machine that does not come, an address where nobody answers", "told in bounded time", zero=(0,))
 @pytest.mark.parametrize(
     ("rank", "words"),
-    [(0, "only 1 of 2 machines came within"), (1, "nobody answers at 127.0.0.1, port ")],
+    [(0, "only 1 of 2 nodes came within"), (1, "nobody answers at 127.0.0.1, port ")],
     ids=["a node is missing", "stale port"],
 )
 def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: str, recipe: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_an_end_that_cannot_be_written_is_told_with_the_remedy(run: RunDirectory
     """Where not even the status has room, the launcher meets the same full disk."""
     monkeypatch.setattr(run, "set_status", full)
     with pytest.raises(MachineError, match=r"No space left on device .*bytes are free.*make room"):
-        workflow._ended(run, 1, None, 1.0, None)
+        workflow._ended(run, run.log, 1, None, 1.0, None)
 
 
 def test_a_damaged_status_does_not_hide_what_went_wrong(run: RunDirectory, recipe: Recipe) -> None:

@@ -447,12 +447,12 @@ Root Cause (first observed failure):
         (
             "DistStoreError: Timed out after 13 seconds waiting for clients. 1/2 clients joined.",
             0,
-            ["only 1 of 2 machines came within 13 s"],
+            ["only 1 of 2 nodes came within 13 s"],
         ),
         (
             "The client socket has timed out after 12000ms while trying to connect to (10.0.0.1, 29500).",
             0,
-            ["nobody answers at 10.0.0.1, port 29500, for 12 s", "machine_rank 0"],
+            ["nobody answers at 10.0.0.1, port 29500, for 12 s", "node 0"],
         ),
         (
             "ConnectionError: Tried to launch distributed communication on port `29500`, but another process is utilizing it.",

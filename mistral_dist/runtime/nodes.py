@@ -1,0 +1,71 @@
+"""The machines of one run, its nodes: how many, which one this is, and where they meet.
+
+One `mistral-dist train` on each starts that node's workers; all name the same count, address and port. Inside a SLURM step
+nothing need be named.
+"""
+
+from dataclasses import dataclass
+
+from mistral_dist.errors import RecipeError
+from mistral_dist.runtime import slurm
+
+PORT = 29500
+"""Where the nodes meet unless told otherwise; torchrun's own."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Several machines that train one run."""
+
+    count: int
+    rank: int
+    """Of this one, from 0; node 0 has rank 0 of the workers, which writes."""
+    address: str
+    """Of node 0."""
+    port: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is node 0: it says how the run goes, the others what concerns them."""
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"node {self.rank} of {self.count}, which meet at {self.address}, port {self.port}"
+
+
+def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | None:
+    """The nodes that the user names, else those of the SLURM step that this process is a task of; None for one machine alone.
+
+    `main` is HOST or HOST:PORT, of node 0. Raises RecipeError where something is missing or cannot be.
+    """
+    task = slurm.task()
+    if count is None and task is not None and task.nodes > 1:
+        return _of_step(task, main)
+    if count is None and (rank is not None or main):
+        raise RecipeError("--node-rank and --main-address go with --nodes, the number of machines; without it there is one")
+    if count is None or count == 1:
+        return None
+    if rank is None:
+        raise RecipeError(f"--nodes {count}: which of them is this machine? Add --node-rank 0 on the first, up to {count - 1} on the last")
+    if rank >= count:
+        raise RecipeError(f"--node-rank {rank}: of {count} nodes the last is {count - 1}; they count from 0")
+    if not main:
+        raise RecipeError(f"--nodes {count}: where do they meet? Add --main-address HOST[:PORT], the address of node 0, the same on all")
+    return Nodes(count, rank, *_host_and_port(main))
+
+
+def _of_step(task: slurm.Task, main: str | None) -> Nodes:
+    if task.tasks != task.nodes:
+        raise RecipeError(
+            f"SLURM started {task.tasks} tasks on {task.nodes} nodes; each node needs one, which starts all its workers:"
+            " srun --ntasks-per-node=1"
+        )
+    return Nodes(task.nodes, task.node, *_host_and_port(main or f"{slurm.first_node(task)}:{slurm.port(task)}"))
+
+
+def _host_and_port(main: str) -> tuple[str, int]:
+    """`HOST`, `HOST:PORT`, or an IPv6 address, with a port in brackets: `[ADDRESS]:PORT`."""
+    host, colon, port = main.rpartition(":") if main.count(":") == 1 or "]:" in main else (main, "", "")
+    if colon and not (port.isdigit() and 0 < int(port) < 65536):
+        raise RecipeError(f"--main-address {main}: {port or 'nothing'} is no port; HOST[:PORT] is wanted")
+    return host.strip("[]"), int(port) if port else PORT

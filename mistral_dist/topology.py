@@ -1,0 +1,102 @@
+"""Where a run's processes go, and what they share out: what the user asked for, as one `accelerate launch` line.
+
+One process without ZeRO, several under ZeRO-2, unless asked otherwise; on this machine alone, or on several nodes, each of which
+starts its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_dist import assets
+from mistral_dist.config import Recipe
+from mistral_dist.errors import RecipeError
+from mistral_dist.runtime import launcher, slurm
+from mistral_dist.runtime.nodes import Nodes
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What the user asked for; None is for us to decide."""
+
+    processes: int | None = None
+    """On each node."""
+    zero: int | None = None
+    offload: bool = False
+    config: Path | None = None
+    """An accelerate config of the user's own: it decides what is not asked for here, the port between machines included."""
+    nodes: Nodes | None = None
+    """None for this machine alone."""
+
+
+def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module: str = "mistral_dist.train") -> launcher.Line:
+    """The line that trains a recipe; `words` are its path and the overrides, as the workers will read them.
+
+    Raises RecipeError for what cannot be.
+    """
+    zero = _stage_of(asked)
+    gpus = launcher.visible_gpus()
+    if asked.config is not None:
+        if not asked.config.is_file():
+            raise RecipeError(f"--config-file {asked.config}: no such file; configs/accelerate/ has some to start from")
+        if asked.nodes is not None:
+            raise RecipeError("--config-file: goes without --nodes; num_machines, machine_rank and main_process_ip are the file's to say")
+        return launcher.Line(
+            config=asked.config, module=module, words=tuple(words), processes=asked.processes, deepspeed=_deepspeed(zero, asked.offload),
+            port=None, join_seconds=launcher.join_seconds(), gpus=gpus > 0,
+        )  # fmt: skip
+    nodes = asked.nodes
+    count = processes_per_node(asked.processes, gpus) * (nodes.count if nodes else 1)
+    packs = recipe.train.global_batch_size
+    if count > packs:
+        fewer = f"use {packs} of them at most, or start a new run with a larger global batch"
+        raise RecipeError(f"train.global_batch_size={packs}: cannot be shared by {count} processes; {fewer}")
+    if zero is None:
+        zero = 2 if count > 1 else 0
+    name = ("multi_node" if nodes else "multi_gpu") if zero else "single_gpu" if count == 1 else "data_parallel"
+    return launcher.Line(
+        config=assets.find(f"configs/accelerate/{name}.yaml"), module=module, words=tuple(words), processes=count,
+        deepspeed=_deepspeed(zero, asked.offload), nodes=nodes, port=nodes.port if nodes else 0,
+        join_seconds=launcher.join_seconds() if nodes else None, gpus=gpus > 0,
+    )  # fmt: skip
+
+
+def evaluation_line(run: Path, words: Sequence[str], processes: int | None) -> launcher.Line:
+    """The line that evaluates a run, on this machine."""
+    gpus = launcher.visible_gpus()
+    count = processes_per_node(processes, gpus)
+    name = "single_gpu" if count == 1 else "data_parallel"
+    return launcher.Line(
+        config=assets.find(f"configs/accelerate/{name}.yaml"), module="mistral_dist.evaluate", words=(str(run), *words),
+        processes=count, gpus=gpus > 0, saves=False,
+    )  # fmt: skip
+
+
+def processes_per_node(asked: int | None, gpus: int) -> int:
+    """All visible GPUs; without any, two processes, so that what runs is what would run on two GPUs.
+
+    Raises RecipeError for more than there are GPUs, and in a SLURM job that has none where nobody asked for CPU processes: it
+    would hold its place for days.
+    """
+    if asked is not None and gpus and asked > gpus:
+        raise RecipeError(f"--processes {asked}: only {gpus} GPUs are visible; see CUDA_VISIBLE_DEVICES")
+    if asked is None and not gpus and slurm.job() is not None:
+        raise RecipeError(
+            f"SLURM job {slurm.job()}: no GPU is visible; ask for some (sbatch --gres=gpu:4 ...), or say with --processes N how many"
+            " CPU processes each node is to run"
+        )
+    return asked or gpus or 2
+
+
+def _stage_of(asked: Topology) -> int | None:
+    if asked.offload and asked.zero is None and asked.config is None:
+        return 2
+    if asked.offload and asked.zero not in (2, 3):
+        stage = "" if asked.zero is None else f" with --zero {asked.zero}"
+        raise RecipeError(f"--offload{stage}: the optimizer is offloaded under ZeRO-2 and 3 only; add --zero 2 or --zero 3")
+    return asked.zero
+
+
+def _deepspeed(zero: int | None, offload: bool) -> Path | None:
+    """The DeepSpeed configuration; None without ZeRO."""
+    return assets.find(f"configs/deepspeed/zero{zero}{'_offload' if offload else ''}.json") if zero else None

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=mistral-dist-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+# Score base and tuned model of a finished run on all GPUs of one node; writes RUN/evaluation/ (docs/slurm.md).
+#   sbatch --gpus-per-node=8 --cpus-per-task=64 --time=1:00:00 slurm/evaluate.sh RUN [section.field=value ...]
+#   slurm/evaluate.sh RUN ...      # submits as slurm/site.env says
+set -uo pipefail
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
+if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
+
+set -a
+site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
+# shellcheck source=/dev/null
+if [[ -f "$site" ]]; then . "$site"; fi
+set +a
+read -ra container <<<"${CONTAINER:-}"
+
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    sbatch "$0" "$@" && exit
+    echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2
+    exit 2
+fi
+
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRITON_CACHE_DIR="/tmp/mistral-dist-$UID/triton"
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+exec srun --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mistral-dist evaluate "$@"

@@ -1,0 +1,197 @@
+"""slurm/train.sh, as it is, on a real SLURM of two nodes: whatever the scheduler does, the run ends as if it had not.
+
+Each node has one CPU process; ZeRO-2 shards over the two.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+from tests.conftest import WriteRecipe
+from tests.dist.test_resume import assert_nobody_left, assert_same_run
+from tests.launch import ROOT, lines, losses_so_far, mistral_dist, status, train
+from tests.slurm.cluster import Cluster, missing, running, waited
+
+STEPS = 20
+SCRIPT = ROOT / "slurm/train.sh"
+SLOWLY = faults.environment(slow={"0": 0.25, "1": 0.25})
+"""Each forward takes so long that there is time for what the scheduler does, without work for the processor."""
+PAST = 3
+"""Steps after which it does it."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    why = missing()
+    if why is not None:
+        pytest.skip(why)
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps of 2 micro-steps on two ranks, in bfloat16, a checkpoint every fifth, prepared."""
+    write = recipe_writer(tmp_path_factory.mktemp("recipe"))
+    recipe = write(model={"dtype": "bfloat16"}, train={"epochs": 4, "steps": STEPS, "global_batch_size": 4})
+    assert mistral_dist("prepare", recipe).returncode == 0
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> Path:
+    """The same run without SLURM, on two processes of one machine."""
+    return train(recipe, recipe.parent / "undisturbed")
+
+
+@pytest.fixture
+def submit(cluster: Cluster, recipe: Path, tmp_path: Path) -> Callable[..., tuple[str, Path]]:
+    """Submits the recipe; gives the job's id and the run's directory. A second time it is the same run."""
+    site = tmp_path / "site.env"
+    site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+
+    def submit(*words: str) -> tuple[str, Path]:
+        run = tmp_path / "run"
+        job = cluster.submit(
+            "--nodes=2", f"--output={tmp_path}/job-%j.log", *words, SCRIPT, recipe, f"run.dir={run}", "--processes", "1",
+            SITE_ENV=str(site), **SLOWLY,
+        )  # fmt: skip
+        return job, run
+
+    return submit
+
+
+def made(run: Path) -> int:
+    return len(losses_so_far(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+def log_of(run: Path, job: str) -> str:
+    return (run.parent / f"job-{job}.log").read_text()
+
+
+def assert_finished(cluster: Cluster, job: str, run: Path, undisturbed: Path, restarts: int) -> None:
+    found = cluster.wait_for(job, "COMPLETED")
+    assert (found["ExitCode"], found["Restarts"]) == ("0:0", str(restarts)), log_of(run, job)
+    assert_nobody_left(run)
+    assert status(run)["state"] == "finished"
+    assert [entry["step"] for entry in lines(run / "data_order.jsonl")] == list(range(1, STEPS + 1)), "each step once"
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_of_two_nodes(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
+    job, run = submit()
+    waited(lambda: made(run) >= 1, 120, lambda: log_of(run, job))
+    told = mistral_dist("status", run, **cluster.environment).stdout
+    assert f"SLURM {job}: RUNNING on n[1-2]" in told
+    assert_finished(cluster, job, run, undisturbed, restarts=0)
+    log = log_of(run, job)
+    assert "node 0 of 2, which meet at" in log
+    assert "node 1 of 2, which meet at" in log
+    assert log.count("--machine_rank 1") == log.count("--machine_rank 0") == 1
+    assert (run / "log-node1.txt").is_file()
+
+
+def down(cluster: Cluster, job: str) -> None:
+    """A node is lost, and comes back when the job has been taken from it."""
+    cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    waited(lambda: cluster.job(job)["Restarts"] == "1", 60)
+    cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+def preempt(cluster: Cluster, job: str) -> None:
+    """A job of a partition that goes first wants both nodes."""
+    other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.wait_for(other, "COMPLETED")
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def signal(cluster: Cluster, job: str) -> None:
+    cluster.call("scancel", "--signal=USR1", job)
+
+
+@pytest.mark.parametrize("happens", [signal, preempt, down])
+def test_whatever_happens_it_goes_on_by_itself(
+    happens: Callable[[Cluster, str], None],
+    cluster: Cluster,
+    submit: Callable[..., tuple[str, Path]],
+    undisturbed: Path,
+) -> None:
+    job, run = submit()
+    waited(lambda: made(run) >= PAST, 120, lambda: log_of(run, job))
+    happens(cluster, job)
+    assert_finished(cluster, job, run, undisturbed, restarts=1)
+    assert status(run)["launches"] == 2
+    told = (run / "log.txt").read_text()
+    assert "going on from checkpoint-" in told
+    assert ("stopping on request" in told) == (happens is not down), "a node that is lost cannot save"
+
+
+def test_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
+    """A minute of which the last 25 seconds are kept for the save: the run takes several turns."""
+    job, run = submit("--time=1", "--signal=B:USR1@25")
+    found = cluster.wait_for(job, "COMPLETED", seconds=400)
+    restarts = int(found["Restarts"])
+    assert restarts >= 1, "it was faster than its limit; this machine needs more steps"
+    assert_finished(cluster, job, run, undisturbed, restarts)
+    assert log_of(run, job).count("USR1: the run is asked to save and stop") == restarts
+    assert status(run)["launches"] == restarts + 1
+    assert "stopping on request (SIGUSR1)" in (run / "log.txt").read_text()
+
+
+def test_cancelled_it_stays_stopped_until_it_is_submitted_again(
+    cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path
+) -> None:
+    job, run = submit()
+    waited(lambda: made(run) >= PAST, 120, lambda: log_of(run, job))
+    cluster.call("scancel", job)
+    found = cluster.wait_for(job, "CANCELLED")
+    waited(lambda: "COMPLETING" not in cluster.call("squeue", "-h", "-j", job, "-t", "all", "-o", "%T"), 60)
+    assert found["Restarts"] == "0"
+    assert_nobody_left(run)
+    stopped = status(run)
+    assert (stopped["state"], stopped["exit_code"]) == ("stopped", 85), stopped
+    assert stopped["step"] >= PAST
+    again, _ = submit()
+    assert_finished(cluster, again, run, undisturbed, restarts=0)
+
+
+def test_a_job_that_may_go_on_no_more_says_so(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
+    os.environ["MAX_RESTARTS"] = "0"
+    try:
+        job, run = submit()
+    finally:
+        del os.environ["MAX_RESTARTS"]
+    waited(lambda: made(run) >= 1, 120, lambda: log_of(run, job))
+    signal(cluster, job)
+    found = cluster.wait_for(job, "FAILED")
+    assert (found["ExitCode"], found["Restarts"]) == ("85:0", "0")
+    assert "submit the same line again to go on" in log_of(run, job)
+    assert status(run)["state"] == "stopped"
+
+
+MISTAKES = {
+    "no GPU": ((), "no GPU is visible; ask for some (sbatch --gres=gpu:4 ...), or say with --processes N"),
+    "no data": (("data.dir=nowhere", "--processes", "1"), "no prepared data there; run `mistral-dist prepare`"),
+    "begun anew": (("--fresh", "--processes", "1"), "--fresh: not in a SLURM job, which would begin anew each time it is requeued"),
+    "two tasks a node": (("--processes", "1"), "SLURM started 4 tasks on 2 nodes; each node needs one"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line_and_ends_the_job_with_2(mistake: str, cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+    words, told = MISTAKES[mistake]
+    site = tmp_path / "site.env"
+    site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    tasks = ["--ntasks-per-node=2"] if mistake == "two tasks a node" else []
+    output = tmp_path / "job.log"
+    job = cluster.submit("--nodes=2", *tasks, f"--output={output}", SCRIPT, recipe, f"run.dir={tmp_path}/run", *words, SITE_ENV=str(site))
+    found = cluster.wait_for(job, "FAILED")
+    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0"), output.read_text()
+    said = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
+    assert said
+    assert all(told in line for line in said)
+    assert "Traceback" not in output.read_text()
