@@ -23,8 +23,10 @@ from mistral_dist.model import adapter_parameters
 from mistral_dist.runtime.engine import Runtime
 from mistral_dist.runtime.memory import forget, is_out_of_memory, refuses_in_time
 
-STATE_BYTES = 12
-"""Of a trainable parameter, beside itself and its gradient: two moments and the engine's own copy of the gradient, float32 each."""
+STATE_BYTES = 16
+"""Of a trainable parameter, beside itself and its gradient: two moments, the engine's own copies of both, float32 each."""
+BUCKET = 50_000_000
+"""Elements that configs/deepspeed exchanges at once; without ZeRO a step's gradients, which are fewer for an adapter."""
 SPARE = 1 / 32
 """Share of a GPU's memory that is kept free: packs of other lengths cut what is cached into other pieces."""
 
@@ -107,7 +109,8 @@ class _Trial:
             model.to(device)  # a base that is not quantized; it would go there a moment later
         self._trainable = list(adapter_parameters(model).values())
         spare = SPARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        self._reserve = STATE_BYTES * sum(parameter.numel() for parameter in self._trainable) + int(spare)
+        elements = sum(parameter.numel() for parameter in self._trainable)
+        self._reserve = STATE_BYTES * elements + 4 * min(elements, BUCKET) + int(spare)
 
     def fits(self, packs: int) -> bool:
         try:

@@ -131,10 +131,7 @@ def load_tuned(model: Model, adapter: Path, device: torch.device, attention: str
 
 @contextmanager
 def scoring(model: Any) -> Iterator[Any]:
-    """The model that is trained, in eval mode and without gradients; then in training mode again.
-
-    Without the wrapper that trains it: under plain data parallelism that would exchange buffers.
-    """
+    """The model that is trained, without its engine, in eval mode and without gradients; then in training mode again."""
     model.eval()
     try:
         with torch.no_grad():

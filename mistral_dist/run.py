@@ -36,6 +36,7 @@ from mistral_dist.runtime.nodes import Nodes
 
 PROGRESS = ("step", "steps", "checkpoint")
 """Of a status; null where nothing is known of them yet."""
+FREE_IT = "wait for it, stop it, or start another run with run.dir=..."
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -174,11 +175,13 @@ class Lease:
     """The right to write in a run directory, held by one process anywhere on a shared file system.
 
     A file made exclusively, renewed in the background. A holder on this host is asked after directly; one on another
-    host counts as gone when it has not renewed for `EXPIRES` seconds.
+    host counts as gone when whoever wants the run has seen no renewal for `EXPIRES` seconds.
     """
 
     RENEW = 15.0
     EXPIRES = 120.0
+    FAR = 1800.0
+    """Seconds that the clocks of two machines never differ: a lease that was renewed longer ago is nobody's."""
     PATIENCE = 10.0
     """Seconds that giving it back waits for a renewal under way."""
 
@@ -222,10 +225,7 @@ class Lease:
     def _take(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         while not self._try():
-            found = read_json(self._file)
-            check_free(self._file.parent)
-            if found is not None:
-                remove_lease(self._file, found.get("token"))
+            wait_until_free(self._file.parent, lambda line: print(line, flush=True))
 
     def _content(self) -> str:
         started_by = process.environment(process.LAUNCHER) or process.identity()
@@ -269,12 +269,16 @@ def holder(path: Path) -> str | None:
         return None
     if not {"host", "process", "renewed"} <= lease.keys():
         return None
-    # the command that a person started, which is not the worker that writes
-    pid = str(lease.get("started_by", lease["process"])).partition(":")[0]
+    pid = _pid(lease)
     if lease["host"] == _host():
         return f"process {pid} on this machine" if process.is_alive(lease["process"]) else None
     age = time.time() - lease["renewed"]
     return f"process {pid} on {lease['host'].split('/')[0]}, {age:.0f} s ago" if age < Lease.EXPIRES else None
+
+
+def _pid(lease: dict[str, Any]) -> str:
+    """Of the command that a person started, which is not the worker that writes."""
+    return str(lease.get("started_by", lease["process"])).partition(":")[0]
 
 
 def _host() -> str:
@@ -286,27 +290,34 @@ def check_free(path: Path) -> None:
     """Raise RunError, naming the holder, where another process writes in a run directory."""
     who = holder(path)
     if who is not None:
-        raise RunError(f"{path}: in use by {who}; wait for it, stop it, or start another run with run.dir=...")
+        raise RunError(f"{path}: in use by {who}; {FREE_IT}")
 
 
 def wait_until_free(path: Path, say: Callable[[str], None]) -> None:
-    """Raise RunError, naming the holder, where another process writes in a run directory.
+    """Raise RunError, naming the holder, where another process writes in a run directory; remove the lease of one that has ended.
 
-    One on another machine may have ended with it: it has its time to renew its lease. The lease of one that is known to have ended
-    is removed, so that other machines need not wait.
+    Whether one on another machine has ended only time can tell, on this machine's own clock, since two machines' clocks may differ: it
+    is given EXPIRES seconds to renew its lease.
     """
     file = path / "lease.json"
-    first = read_json(file)
-    who = holder(path)
-    if first is None or who is None:
-        if first is not None:
-            remove_lease(file, first.get("token"))
+    lease = read_json(file)
+    if lease is None:
         return
-    if first["host"] != _host():
-        say(f"{path}: in use by {who}, or left so by one that is gone: waiting for its next sign, {Lease.EXPIRES:.0f} s at most")
-        while holder(path) is not None and (read_json(file) or first)["renewed"] == first["renewed"]:
-            time.sleep(1.0)
-    check_free(path)
+    if lease.get("host") == _host():
+        check_free(path)
+    elif abs(time.time() - lease.get("renewed", 0.0)) < Lease.FAR:
+        _watch_for_renewal(path, lease, say)
+    remove_lease(file, lease.get("token"))
+
+
+def _watch_for_renewal(path: Path, lease: dict[str, Any], say: Callable[[str], None]) -> None:
+    who = f"process {_pid(lease)} on {lease['host'].split('/')[0]}"
+    say(f"{path}: in use by {who}, or left so by one that is gone: waiting for its next sign, {Lease.EXPIRES:.0f} s at most")
+    end = time.monotonic() + Lease.EXPIRES
+    while (now := read_json(path / "lease.json")) is not None and time.monotonic() < end:
+        if (now.get("token"), now.get("renewed")) != (lease.get("token"), lease.get("renewed")):
+            raise RunError(f"{path}: in use by {who}; {FREE_IT}")
+        time.sleep(0.5)
 
 
 def remove_lease(file: Path, token: Any) -> None:

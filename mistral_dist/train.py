@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from mistral_dist.runtime.process import StopRequest
+from mistral_dist.runtime.process import StopRequest, die_with_launcher
 
 STOP = StopRequest()
 if __name__ == "__main__":
-    # before anything else: torch takes seconds to import, in which a signal would end this process without a word
+    # before anything else: torch takes seconds to import, in which a signal would end this process without a word, and the
+    # end of its launcher would go unnoticed
     STOP.__enter__()
+    die_with_launcher()
 
 import torch
 

@@ -1,7 +1,7 @@
 """The ranks: devices, preparing the model, backward, reductions.
 
-Accelerate starts the process group and wraps the model, in DeepSpeed ZeRO where `accelerate launch` says so and in plain
-data parallelism otherwise. The rooms above see one interface; which of the two is behind it shows nowhere.
+Accelerate starts the process group and, where `accelerate launch` says so, wraps the model in DeepSpeed ZeRO; otherwise, in plain
+data parallelism, the gradients are exchanged here. The rooms above see one interface; which of the two is behind it shows nowhere.
 """
 
 import datetime
@@ -147,7 +147,12 @@ class Runtime:
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap model and optimizer, shard them where ZeRO does. The adapter must already hold the values to go on from."""
-        self.model, wrapped = self._accelerator.prepare(model, optimizer)
+        if self.zero_stage:
+            self.model, wrapped = self._accelerator.prepare(model, optimizer)
+        else:
+            # unwrapped: the gradients are exchanged once a step, in `finish_step`
+            self.model = self._accelerator.prepare_model(model, evaluation_mode=True)
+            wrapped = self._accelerator.prepare_optimizer(optimizer)
         self._optimizer = wrapped.optimizer
         shards.create_state(self._optimizer, 0)
 
@@ -163,7 +168,7 @@ class Runtime:
 
     @contextmanager
     def micro_step(self, step: int, micro: int, packs: Sequence[int]) -> Iterator[None]:
-        """Around the forward and backward of one micro-batch: gradients are exchanged at the step's last one only.
+        """Around the forward and backward of one micro-batch: gradients are exchanged once a step (under ZeRO-2 and 3 at each).
 
         `step` and `micro` count from 1; `packs`: tokens of each pack in it, none for an empty one. Raises StopAgreed where any
         rank was asked to stop: then the step is not made, what it has accumulated counts for nothing, and it is done again.
@@ -180,7 +185,7 @@ class Runtime:
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagate a loss that is already divided by the global number of targets.
 
-        Accelerate, or the DeepSpeed engine, divides by the accumulation count, and both average gradients over ranks.
+        Accelerate, or the DeepSpeed engine, divides by the accumulation count, and gradients are averaged over ranks.
         Those two divisions are undone here, and nowhere else. Under DeepSpeed the last call of a step also clips,
         updates and zeroes.
         """
@@ -197,6 +202,8 @@ class Runtime:
         """
         if self.zero_stage:
             return float(self.model.get_global_grad_norm())
+        if self.world_size > 1:
+            shards.average_gradients(list(self._trainable().values()), self.world_size)
         norm = float(self._accelerator.clip_grad_norm_(self.bare_model.parameters(), self._max_grad_norm))
         if math.isfinite(norm):
             self._optimizer.step()

@@ -12,6 +12,8 @@ from mistral_dist.config import Recipe
 from mistral_dist.runtime.watch import VALIDATION
 
 GIB = 2**30
+REFUSED = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""By PyTorch on the CPU; by CUDA and NCCL; by the libraries, which ask for memory of their own at their first call."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("can't allocate memory", "out of memory"))
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in REFUSED)
 
 
 def refuses_in_time(device: torch.device) -> bool:

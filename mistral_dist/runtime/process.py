@@ -1,6 +1,7 @@
 """This process: environment variables, stop signals, and death with its launcher."""
 
 import ctypes
+import functools
 import logging
 import os
 import resource
@@ -118,11 +119,12 @@ def serve_parent() -> None:
     quiet_libraries()
 
 
+@functools.cache  # once is enough
 def die_with_launcher() -> None:
-    """End this worker when its launcher ends, however that ends; `kill -9` included.
+    """End this worker when its launcher ends, however that ends; `kill -9` included. To be called before torch is imported.
 
-    The kernel's signal covers the direct parent (the elastic agent). A watch covers the moment before it was asked for
-    and the `mistral-dist` process above the agent.
+    The kernel's signal covers the direct parent (the elastic agent), from here on; a watch covers the `mistral-dist` process above
+    the agent, at any time. A parent that ended before this call, under a bare launcher, is not known: there must be no seconds before.
     """
     parent, launcher = os.getppid(), environment(LAUNCHER)
     ask_for_death_with_parent()

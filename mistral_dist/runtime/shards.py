@@ -5,7 +5,7 @@ one step count. Without ZeRO they are whole on every rank. ZeRO-1 and 2 keep eac
 tensor; ZeRO-3 cuts each parameter in equal parts, padded. Nothing here is specific to LoRA.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,19 @@ def scatter_parameters(parameters: Mapping[str, torch.nn.Parameter], optimizer: 
     if kept_whole:
         # ZeRO-3 keeps small parameters whole on every rank, and refreshes them from their parts after each update only
         kept_whole[0].all_gather(kept_whole)
+
+
+def average_gradients(parameters: Sequence[torch.nn.Parameter], world_size: int) -> None:
+    """Replace each rank's gradients by their mean over the ranks. A collective: one sum, in the order of the parameters.
+
+    DistributedDataParallel would order its buckets anew after the first backward, and with them, on three ranks or more, the
+    order in which the elements are summed: the first step after a start would round otherwise than the same step in a run under way.
+    """
+    gradients = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world_size
+    torch.distributed.all_reduce(flat)
+    for parameter, mean in zip(parameters, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 def own_elements(parameter: Any, rank: int) -> torch.Tensor:

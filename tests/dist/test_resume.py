@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import WriteRecipe
-from tests.launch import kill, lines, losses, metrics, mistral_dist, status, train, training, wait_for, workers
+from tests.launch import kill, lines, losses, metrics, mistral_dist, resume, status, train, training, wait_for, workers
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -148,3 +148,15 @@ def test_a_run_moves_between_topologies(write_recipe: WriteRecipe, tmp_path: Pat
     worst = max(abs(a - b) for a, b in zip(losses(moving), losses(straight), strict=True))
     print(f"losses through seven topologies within {worst:.1e} of one process")
     assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.matrix) for zero in (1, 2, 3))])
+@pytest.mark.fault("SIGKILL on three ranks", "every bit equal: no rank's sums depend on when the run was started")
+def test_three_ranks_go_on_to_the_same_bits(zero: int, recipe: Path, tmp_path: Path) -> None:
+    """Of two summands the order is of no account; of three it is."""
+    wanted, run = train(recipe, tmp_path / "wanted", processes=3, zero=zero), tmp_path / "run"
+    with training(recipe, run, until=7, processes=3, zero=zero) as started:
+        kill(started.pid)
+    assert_nobody_left(run)
+    resume(recipe, run, processes=3, zero=zero)
+    assert_same_run(run, wanted)

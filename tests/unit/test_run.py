@@ -16,7 +16,7 @@ import pytest
 from mistral_dist import run as module
 from mistral_dist.config import Recipe
 from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.run import Lease, RunDirectory, check_free, holder, move_aside, write_text
+from mistral_dist.run import Lease, RunDirectory, check_free, holder, move_aside, remove_lease, wait_until_free, write_text
 from mistral_dist.runtime import process
 
 ROOT = Path(__file__).parent.parent.parent
@@ -320,13 +320,37 @@ def test_another_process_with_the_same_pid_is_not_the_holder(run: RunDirectory) 
         assert holder(run.path) is None
 
 
-def test_a_foreign_hosts_lease_is_respected_until_it_expires(run: RunDirectory) -> None:
-    foreign(run, Lease.EXPIRES - 20)
-    with pytest.raises(RunError, match="process 4711 on elsewhere, 100 s ago"), Lease(run):
-        pass
-    foreign(run, Lease.EXPIRES + 1)
+@pytest.mark.parametrize("ahead", [0.0, -300.0, 300.0], ids=["clocks agree", "ours is ahead", "ours is behind"])
+def test_a_foreign_hosts_lease_is_respected_whatever_the_clocks_say(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """It is renewed by another clock than ours, which says that it expired long ago, or will be renewed in the future."""
+    monkeypatch.setattr(Lease, "EXPIRES", 30.0)
+    foreign(run, -ahead)
+    renewing = threading.Timer(1.0, foreign, [run, -ahead - 1.0])
+    renewing.start()
+    said: list[str] = []
+    with pytest.raises(RunError, match="in use by process 4711 on elsewhere; wait for it"):
+        wait_until_free(run.path, said.append)
+    renewing.join()
+    assert (run.path / "lease.json").is_file()
+    assert len(said) == 1
+    assert "waiting for its next sign, 30 s at most" in said[0]
+
+
+def test_a_foreign_hosts_lease_is_taken_over_when_it_is_not_renewed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lease, "EXPIRES", 1.0)
+    foreign(run, 0.0)
+    began = time.monotonic()
     with Lease(run):
         assert holder(run.path) == f"process {os.getpid()} on this machine"
+    assert time.monotonic() - began >= 1.0, "it was given its time"
+
+
+def test_a_foreign_hosts_lease_of_yesterday_is_nobodys(run: RunDirectory) -> None:
+    foreign(run, 86400.0)
+    wait_until_free(run.path, lambda line: pytest.fail(line))
+    assert not (run.path / "lease.json").exists()
 
 
 def test_a_lease_is_renewed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,15 +412,15 @@ def test_a_lost_lease_is_noticed_and_the_new_holders_is_left_alone(run: RunDirec
 
 def test_of_two_that_find_a_dead_holder_one_gets_the_lease(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second has looked at the dead holder's file before the first replaced it, and removes it afterwards."""
-    foreign(run, Lease.EXPIRES + 1)
+    foreign(run, Lease.FAR + 1)
     first, second = Lease(RunDirectory(run.path)), Lease(run)
 
-    def then_the_first_is_quicker(path: Path) -> None:
-        monkeypatch.setattr(module, "check_free", check_free)
-        check_free(path)
+    def then_the_first_is_quicker(file: Path, token: str) -> None:
+        monkeypatch.setattr(module, "remove_lease", remove_lease)
         first.__enter__()
+        remove_lease(file, token)
 
-    monkeypatch.setattr(module, "check_free", then_the_first_is_quicker)
+    monkeypatch.setattr(module, "remove_lease", then_the_first_is_quicker)
     try:
         with pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
             second.__enter__()
@@ -406,7 +430,7 @@ def test_of_two_that_find_a_dead_holder_one_gets_the_lease(run: RunDirectory, mo
 
 
 def test_of_many_that_start_at_once_one_gets_the_lease(run: RunDirectory) -> None:
-    foreign(run, Lease.EXPIRES + 1)
+    foreign(run, Lease.FAR + 1)
     code = HOLD.replace("time.sleep(600)", "time.sleep(1)").replace(
         "with Lease", "while time.time() < float(sys.argv[2]): pass\nwith Lease"
     )
