@@ -50,6 +50,7 @@ def main() -> None:
             _plan(lengths, capacity), Blank(lengths), (lengths, np.ones_like(lengths)), rank=0, world_size=1, micro_batch_size=1
         )
         work = next(stream.from_cursor(cursor))
+        assert work is not None
         seconds["seek"] = time.perf_counter() - started
         assert work.step == plan.steps * 9 // 10
         fill = lengths.sum() / (plan.packs * capacity)

@@ -34,6 +34,9 @@ FINAL = {"OfflineModeIsEnabled", "UnsupportedProtocol", "LocalProtocolError", "I
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG)
 """A full disk is an OSError too."""
 
+GIVE_UP = threading.Event()
+"""Set when this process is to end: nothing is waited for any more."""
+
 Result = TypeVar("Result")
 
 
@@ -45,7 +48,7 @@ class Patience:
         seconds: float | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = GIVE_UP.wait,
         worth: Callable[[BaseException], bool] | None = None,
         waits_only: bool = False,
     ) -> None:
@@ -75,6 +78,8 @@ class Patience:
         if not self.worth(error) or wait >= self.left:
             raise error
         self._sleep(wait)
+        if GIVE_UP.is_set():
+            raise error
         self.spent += wait
 
     def attempt(self, call: Callable[[], Result]) -> Result:

@@ -241,9 +241,10 @@ class Session:
         snapshot = Snapshot(progress, adapter, self.adapter_config(), moments, self._facts(), metric)
         self.saver.start(snapshot, time.monotonic() - started)
 
-    def note_drops(self, work: Work) -> None:
+    def note_drops(self, work: Work | None) -> None:
         """Note the rows that a refused step has dropped, and those since the last checkpoint, before the run ends. A collective."""
-        everywhere = self.runtime.gather([*self.drops, *((work.step + 1, slot, drop) for slot, drop in work.drops)])
+        refused = [(work.step + 1, slot, drop) for slot, drop in work.drops] if work is not None else []
+        everywhere = self.runtime.gather([*self.drops, *refused])
         if self.runtime.is_main:
             self._quarantine(everywhere)
 

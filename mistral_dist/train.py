@@ -81,12 +81,15 @@ def train_on(session: Session) -> None:
     if session.is_finished():
         return
     stream = session.feed.stream
-    for own in stream.from_cursor(session.progress.cursor):
+    for own in stream.from_cursor(session.progress.cursor, session.runtime.is_asked):
         try:
             work = stream.agree(own, session.runtime.sum)
         except DataError:  # on all ranks alike
             session.note_drops(own)
             raise
+        if work is None:  # on all ranks alike, too: one of them is asked to stop while it waits for its data
+            session.runtime.agree_to_go_on()
+            continue
         result = pass_over(session, work) if session.passes_over(work) else step(session, work)
         session.advance(work, result)
         trouble = session.trouble()

@@ -22,9 +22,11 @@ from mistral_dist.data.cursor import Cursor, LaneState, Place
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.pack import best_fit
 from mistral_dist.data.sources import Shard
-from mistral_dist.data.stream import Ahead, Batch, Drop, Work, background, collate, micro_slots, permutation
+from mistral_dist.data.stream import Ahead, Batch, Drop, Work, background, collate, micro_slots, never, permutation
 from mistral_dist.errors import DataError
 
+COUNTS = 8
+"""Numbers that the ranks sum up in each step."""
 ENOUGH_ROWS = 1000
 """Rows of the stream before the share of bad ones says anything: of 1,000 rows, 5 % are 50, give or take 7."""
 
@@ -262,8 +264,10 @@ class Lanes:
         self.micro_batch_size = micro_batch_size
         self._micro = micro_slots(self.rules.lanes, self.rank, self.world_size, micro_batch_size)
 
-    def from_cursor(self, cursor: Cursor) -> Iterator[Work]:
+    def from_cursor(self, cursor: Cursor, asked: Callable[[], bool] = never) -> Iterator[Work | None]:
         """The remaining work of the run. Counts and epoch are those of this rank's lanes until `agree` sums them up.
+
+        None, at the last, where the data are late and this process is asked to stop: `agree` then tells the other ranks.
 
         Of each lane the next block is read while this one is trained on; else all lanes, which come to the end of a block
         at about the same step, would be waited for. So a rank holds two blocks of each lane that it serves: of 1,024
@@ -271,25 +275,37 @@ class Lanes:
         """
         states = {state.lane: state for state in cursor.lanes}
         assert len(states) in (0, self.rules.lanes), f"a cursor of {len(states)} lanes, the recipe has {self.rules.lanes}"
-        with background("blocks") as reading, background("steps") as building:
+        with background("blocks", asked) as reading, background("steps", asked) as building:
             lanes: dict[int, Iterator[Fed]] = {}
             for slot in (slot for slots in self._micro for slot in slots if slot < self.rules.lanes):
                 lane = Lane(slot, self.sources, self.reader, self.rules)
                 state = states.get(slot, lane.beginning)
                 lanes[slot] = lane.packs(state, Ahead(lane.blocks(state), reading))
             start = cursor.pack // self.rules.lanes
-            yield from Ahead((self._work(step, lanes) for step in range(start, self.steps)), building)
+            steps = Ahead((self._work(step, lanes) for step in range(start, self.steps)), building)
+            while steps.comes(asked):
+                work = next(steps, None)
+                if work is None:
+                    return
+                yield work
+            yield None
 
-    def agree(self, work: Work, total: Total) -> Work:
+    def agree(self, work: Work | None, total: Total) -> Work | None:
         """The work with the counts of the global batch: one sum over the ranks, before the first forward needs them. Raises
-        DataError on all ranks where too many rows are bad.
+        DataError on all ranks where too many rows are bad. None on all where one that is asked to stop waits for its data in vain.
 
         The epoch is the mean of the lanes' finished rounds: how long a round is, nobody knows before its end.
         """
+        if work is None:
+            total((0.0,) * COUNTS + (1.0,))
+            return None
         states = work.cursor.lanes
         judged = (sum(state.rows for state in states), sum(sum(state.bad.values()) for state in states))
         own = (work.weight, work.targets, work.tokens, work.examples, work.dropped, work.epoch, *judged)
-        weight, *counts = total(own)
+        assert len(own) == COUNTS
+        weight, *counts, waiting = total((*own, 0.0))
+        if waiting:
+            return None
         targets, tokens, examples, dropped, rounds, rows, bad = map(int, counts)
         self._refuse_bad(rows, bad, states)
         epoch = rounds / self.rules.lanes

@@ -12,7 +12,7 @@ integer, the next pack, and travels with each step's work: what a background thr
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
+from mistral_dist import retry
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.pack import best_fit
@@ -205,6 +206,11 @@ class Examples(Protocol):
         """(id, token ids and targets) of some examples; together they take a fraction of the time of each alone."""
 
 
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 class Stream:
     """The work of one rank, step by step, read ahead in the background."""
 
@@ -253,13 +259,13 @@ class Stream:
             cursor=Cursor((step + 1) * self.plan.global_batch_size),
         )
 
-    def from_cursor(self, cursor: Cursor) -> Iterator[Work]:
+    def from_cursor(self, cursor: Cursor, asked: Callable[[], bool] = never) -> Iterator[Work | None]:  # noqa: ARG002
         """The remaining work of the run; the next step is encoded while this one is trained on."""
         start = cursor.pack // self.plan.global_batch_size
         with background("encode") as encoding:
             yield from Ahead(map(self.work, range(start, self.plan.steps)), encoding)
 
-    def agree(self, work: Work, total: Callable[[Sequence[float]], list[float]]) -> Work:  # noqa: ARG002
+    def agree(self, work: Work | None, total: Callable[[Sequence[float]], list[float]]) -> Work | None:  # noqa: ARG002
         """The work as it is: every rank knows the counts of the global batch from the plan."""
         return work
 
@@ -280,13 +286,15 @@ def micro_slots(global_batch_size: int, rank: int, world_size: int, micro_batch_
 
 
 @contextmanager
-def background(name: str) -> Iterator[ThreadPoolExecutor]:
-    """One thread; at the end, what it has not begun is not done."""
+def background(name: str, asked: Callable[[], bool] = never) -> Iterator[ThreadPoolExecutor]:
+    """One thread; at the end, what it has not begun is not done; what it is doing is waited for, unless this process is asked to stop."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
     try:
         yield thread
     finally:
-        thread.shutdown(wait=True, cancel_futures=True)
+        if asked():
+            retry.GIVE_UP.set()
+        thread.shutdown(wait=not asked(), cancel_futures=True)
 
 
 class Ahead(Iterator[T]):
@@ -302,6 +310,14 @@ class Ahead(Iterator[T]):
             raise StopIteration
         self._coming = self._thread.submit(self._make)
         return made[0]
+
+    def comes(self, asked: Callable[[], bool]) -> bool:
+        """Wait for the next item; False where this process is asked to stop before it is there."""
+        while not self._coming.done():
+            if asked():
+                return False
+            wait([self._coming], timeout=0.2)
+        return True
 
     def _make(self) -> list[T]:
         """The next item in a list; at the end an empty one, since a thread cannot hand over a StopIteration."""

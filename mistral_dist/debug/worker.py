@@ -86,7 +86,9 @@ def coming(session: Session) -> Work:
     """The work of the step that comes next."""
     stream = session.feed.stream
     with closing(stream.from_cursor(session.progress.cursor)) as steps:  # type: ignore[type-var]
-        return stream.agree(next(steps), session.runtime.sum)
+        work = stream.agree(next(steps), session.runtime.sum)
+    assert work is not None, "nobody is asked to stop here"
+    return work
 
 
 def before_training(session: Session, work: Work, encoder: Encoder) -> Iterator[Finding]:

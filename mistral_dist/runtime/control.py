@@ -80,6 +80,10 @@ class Control:
         self._post(save, saves)
         self._refuse(max(before, self._read()))
 
+    def is_asked(self, save: float | None = None, saves: int = 1) -> bool:
+        """Whether this rank was asked, by a signal or by the clock."""
+        return self._stop.signal is not None or self.deadline.is_over(save, saves)
+
     def finish(self) -> None:
         """Read what is still on its way, before the group is destroyed. A request that came so late finds the run at its end."""
         self._read()

@@ -112,6 +112,10 @@ class Runtime:
         """Where nothing is half done. Raises StopAgreed where any rank was asked to stop. A collective, which waits."""
         self._control.agree(self._save_seconds, 1 + self.is_writing())
 
+    def is_asked(self) -> bool:
+        """Whether this rank, for itself, is asked to stop. What to do about it all agree on elsewhere."""
+        return self._control.is_asked(self._save_seconds, 1 + self.is_writing())
+
     def check_stop(self) -> None:
         """Where ranks work without exchanging anything: before each forward and backward, between two batches of an evaluation.
 

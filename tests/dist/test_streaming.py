@@ -1,12 +1,18 @@
 """Streams on real ranks: the order of the data and the losses are those of one process, through a kill and a move."""
 
+import http.server
 import json
 import re
+import signal
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mistral_dist import retry
 from tests.conftest import WriteRecipe
 from tests.launch import kill, lines, losses, mistral_dist, status, train, training, wait_for, workers
 
@@ -119,3 +125,57 @@ def test_too_many_bad_rows_end_the_run_and_are_named(write_recipe: WriteRecipe, 
     # of a block that was begun all are there
     assert len({entry["place"] for entry in entries}) == len(entries) >= int(counts[1]) > 50
     assert not list((run / "checkpoints").glob("checkpoint-*"))
+
+
+class Stalling(http.server.BaseHTTPRequestHandler):
+    """Gives its file up to a place, and then nothing more for as long as anybody waits."""
+
+    content, until = b"", 0
+
+    def do_GET(self) -> None:
+        begin = int(re.findall(r"bytes=(\d+)", self.headers.get("Range", "bytes=0-"))[0])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {begin}-{len(self.content) - 1}/{len(self.content)}")
+        self.send_header("Content-Length", str(len(self.content) - begin))
+        self.send_header("ETag", '"one"')
+        self.end_headers()
+        self.wfile.write(self.content[begin : self.until])
+        time.sleep(600)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def stalling(texts: list[dict[str, str]]) -> Iterator[str]:
+    """The address of the texts, of which the last third never comes."""
+    Stalling.content = "".join(json.dumps(row) + "\n" for row in texts).encode()
+    Stalling.until = len(Stalling.content) * 2 // 3
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stalling)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/texts.jsonl"
+    server.shutdown()
+
+
+@pytest.mark.fault("a stop signal while a stream's server gives nothing", "saved and stopped at once, exit code 85", zero=(2,))
+def test_a_stop_does_not_wait_for_data(stalling: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """A rank that waits for its data bears 240 seconds of silence before it is an error: longer than a scheduler would wait."""
+    recipe = write_recipe(
+        data={"sources": [{"path": stalling}], "streaming": True, "block": 16, "max_length": 192},
+        train={"steps": 500, "global_batch_size": BATCH, "gradient_checkpointing": False},
+    )
+    run = tmp_path / "run"
+    with training(recipe, run, until=3) as started:
+        made = -1
+        while made != (made := len(losses(run))):  # until it gets no further
+            time.sleep(6)
+        began = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(120) == 85, (run / "log.txt").read_text()
+        seconds = time.monotonic() - began
+    found = status(run)
+    assert (found["state"], found["step"], found["checkpoint"]) == ("stopped", made, f"checkpoint-{made}")
+    assert found["message"].startswith("stopped on request (SIGTERM)")
+    print(f"stopped after {seconds:.0f} s, at step {made}")
+    assert seconds < retry.SECONDS / 2

@@ -1,6 +1,7 @@
 """Streams: the order is that of one process that was never killed, whatever the ranks and the kills."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mistral_dist import retry
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.lanes import Lane, Lanes, Part, Place, Read, Rules, Streamed
@@ -373,3 +375,27 @@ def test_a_cursor_knows_when_ranks_do_not_stand_together() -> None:
     with pytest.raises(AssertionError, match="different packs"):
         Cursor.whole([Cursor(2), Cursor(4)])
     assert Cursor.from_json({"pack": 4}) == Cursor(4), "as checkpoints of earlier versions have it"
+
+
+def test_a_rank_that_is_asked_to_stop_does_not_wait_for_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "GIVE_UP", threading.Event())
+    here, comes, asked = threading.Event(), threading.Event(), threading.Event()
+
+    class Late(Lengths):
+        def block(self, rows: Sequence[tuple[int, str]]) -> Read:
+            if here.is_set():
+                comes.wait(60)
+            here.set()
+            return super().block(rows)
+
+    lanes = Lanes([source(50, 50)], Late(), rules(1), 100, 0, 1, 1)
+    works = lanes.from_cursor(Cursor(), asked.is_set)
+    first = next(works)
+    assert first is not None
+    threading.Timer(0.5, asked.set).start()
+    rest = list(works)
+    assert rest[-1] is None, "and it has come back, though the block has not"
+    assert retry.GIVE_UP.is_set()
+    assert lanes.agree(None, list) is None
+    assert lanes.agree(first, lambda own: [*own[:-1], 1.0]) is None, "where another one is asked"
+    comes.set()
