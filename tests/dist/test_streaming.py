@@ -158,6 +158,7 @@ def stalling(texts: list[dict[str, str]]) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.matrix
 @pytest.mark.fault("a stop signal while a stream's server gives nothing", "saved and stopped at once, exit code 85", zero=(2,))
 def test_a_stop_does_not_wait_for_data(stalling: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """A rank that waits for its data bears 240 seconds of silence before it is an error: longer than a scheduler would wait."""
