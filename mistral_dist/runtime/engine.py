@@ -26,7 +26,7 @@ from mistral_dist.runtime.drift import drift
 from mistral_dist.runtime.memory import Scene, explanation, is_out_of_memory, standing
 from mistral_dist.runtime.pace import Pace
 from mistral_dist.runtime.watch import ENOUGH, ONLY_WAITING, Place, Watch, board
-from mistral_dist.runtime.zero import accumulation_steps, deepspeed_config, offloads, without_compiled_collectives
+from mistral_dist.runtime.zero import accumulation_steps, deepspeed_config, offloads, wait_as_long, without_compiled_collectives
 
 T = TypeVar("T")
 
@@ -153,6 +153,7 @@ class Runtime:
         """Wrap model and optimizer, shard them where ZeRO does. The adapter must already hold the values to go on from."""
         if self.zero_stage:
             self.model, wrapped = self._accelerator.prepare(model, optimizer)
+            wait_as_long(_patience(self._recipe))
         else:
             # unwrapped: the gradients are exchanged once a step, in `finish_step`
             self.model = self._accelerator.prepare_model(model, evaluation_mode=True)

@@ -1,9 +1,12 @@
 """ZeRO: what a DeepSpeed configuration may say, and what the recipe says in it."""
 
+import datetime
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mistral_dist.config import Recipe
 from mistral_dist.errors import MachineError, RecipeError
@@ -122,3 +125,10 @@ def without_compiled_collectives() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def wait_as_long(timeout: datetime.timedelta) -> None:
+    """Have the collectives of DeepSpeed's own groups, which it makes without one, give up after this time, as all others do."""
+    distributed = torch.distributed.distributed_c10d
+    for group in list(distributed._world.pg_map):
+        distributed._set_pg_timeout(timeout, group)

@@ -10,6 +10,7 @@ from tests.conftest import WriteRecipe
 from tests.launch import LIMIT, ROOT
 
 WORKER = """
+import datetime
 import sys
 import torch
 from mistral_dist.config import Recipe
@@ -32,6 +33,9 @@ frozen = [p for p in runtime.bare_model.parameters() if not p.requires_grad]
 if sys.argv[2] == "whole":
     import deepspeed
     deepspeed.zero.GatheredParameters(frozen).__enter__()
+groups = torch.distributed.distributed_c10d._world.pg_map
+waits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+assert len(groups) >= 2 and waits == {datetime.timedelta(minutes=25)}, (waits, "five times train.stall_seconds")
 held, whole = shards.held_bytes(p for p in frozen if not getattr(p, "ds_persist", False))
 try:
     runtime.refuse_unsharded(frozen)
