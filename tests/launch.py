@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "mistral_dist.cli"]
 LIMIT = 300
 """Seconds after which something hangs."""
+STAGES = [pytest.param(zero, marks=pytest.mark.matrix) if zero != 2 else zero for zero in (0, 1, 2, 3)]
+"""For `parametrize`: ZeRO-2 in every test run, the others in `make faults`."""
 
 
 def mistral_dist(*words: str | Path, cwd: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":

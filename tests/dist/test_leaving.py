@@ -1,5 +1,6 @@
 """Leaving together: on request, in time, because a rank is hung, differs or has no memory; nothing is lost, nobody is left."""
 
+import json
 import os
 import re
 import shutil
@@ -9,31 +10,53 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
 
+from mistral_dist.base_cache import fingerprint
+from mistral_dist.config import Recipe
 from mistral_dist.runtime.process import catches
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
-from tests.launch import COMMAND, ROOT, kill, losses_so_far, mistral_dist, resume, status, train, training, wait_for, workers
+from tests.launch import (
+    COMMAND,
+    ROOT,
+    STAGES,
+    kill,
+    losses_so_far,
+    metrics,
+    mistral_dist,
+    resume,
+    status,
+    train,
+    training,
+    wait_for,
+    workers,
+)
+
+LAST, MICRO_STEPS = 20, 4
+"""Steps of the run, and forwards of each rank in one of them."""
 
 
 @pytest.fixture(scope="module")
 def recipe(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 steps of 4 micro-steps on two ranks, in bfloat16, a checkpoint every fifth, prepared."""
     write = recipe_writer(tmp_path_factory.mktemp("leaving"))
-    recipe = write(model={"dtype": "bfloat16"}, train={"epochs": 4, "steps": 20, "global_batch_size": 8})
+    recipe = write(model={"dtype": "bfloat16"}, train={"epochs": 4, "steps": LAST, "global_batch_size": 2 * MICRO_STEPS})
     assert mistral_dist("prepare", recipe).returncode == 0
     return recipe
 
 
 @pytest.fixture(scope="module")
-def never_stopped(recipe: Path) -> Path:
-    return train(recipe, recipe.parent / "never-stopped")
+def never_stopped(recipe: Path) -> Callable[[int], Path]:
+    """By ZeRO stage: the run that nothing happens to, made when it is first asked for."""
+    return cache(lambda zero: train(recipe, recipe.parent / f"never-stopped-{zero}", zero=zero))
 
 
 def workers_of(launcher: int) -> list[psutil.Process]:
@@ -52,52 +75,59 @@ def assert_stopped(run: Path, asked: str) -> None:
 # on request
 
 
+@pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.fault(
-    "SIGTERM, SIGINT or SIGUSR1, twice, to the launcher or one worker",
-    "all save the same step and stop, exit code 85; the same bits",
-    zero=(2,),
+    "SIGTERM, SIGINT or SIGUSR1, twice, to the launcher or one worker", "all save the same step and stop, exit code 85; the same bits"
 )
-def test_stop_signals_save_and_the_next_launch_goes_on(recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+def test_stop_signals_save_and_the_next_launch_goes_on(
+    zero: int, recipe: Path, never_stopped: Callable[[int], Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     for until, number in ((2, signal.SIGTERM), (7, signal.SIGINT), (12, signal.SIGUSR1)):
-        with training(recipe, run, until=until) as started:
+        with training(recipe, run, until=until, zero=zero) as started:
             os.kill(started.pid, number)
             os.kill(started.pid, number)
             assert started.wait(120) == 85
         assert_stopped(run, f"on request ({number.name})")
 
-    # to one worker alone: all stop at the same step; and to the other, while it saves
-    with training(recipe, run, until=16) as started:
+    # to one worker alone: all stop at the same step; and to each while it saves, or waits for the one that does
+    with training(recipe, run, until=16, zero=zero, **faults.environment(slow_save=3)) as started:
         first, second = workers_of(started.pid)
         said = (run / "log.txt").read_text().count("stopping")
         second.send_signal(signal.SIGUSR1)
         wait_for(lambda: (run / "log.txt").read_text().count("stopping") > said, started)
-        with suppress(psutil.NoSuchProcess):
-            first.send_signal(signal.SIGTERM)
+        for worker in (second, first):
+            worker.send_signal(signal.SIGTERM)
+        assert status(run)["state"] == "running"
         assert started.wait(120) == 85
     assert_stopped(run, "on request (SIGUSR1)")
 
-    resume(recipe, run)
-    assert_same_run(run, never_stopped)
+    resume(recipe, run, zero=zero)
+    assert_same_run(run, never_stopped(zero))
 
 
-@pytest.mark.parametrize("zero", [pytest.param(zero, marks=pytest.mark.matrix) if zero != 2 else zero for zero in (0, 1, 2, 3)])
-@pytest.mark.fault("a stop signal in the middle of a step", "all leave within a micro-step; the step is done again, to the same bits")
-def test_a_step_that_is_left_in_the_middle_is_done_again(zero: int, recipe: Path, tmp_path: Path) -> None:
-    """Steps of 40 micro-steps, left at one of them; resumed, the run is the same to the bit."""
-    long_steps = ("train.global_batch_size=80", "train.epochs=30", "train.steps=3", "checkpoint.save_steps=3")
-    wanted = train(recipe, tmp_path / "wanted", *long_steps, zero=zero)
-    run = tmp_path / "run"
-    with training(recipe, run, *long_steps, until=1, zero=zero) as started:
-        workers_of(started.pid)[1].send_signal(signal.SIGTERM)
-        assert started.wait(120) == 85
-    assert_stopped(run, "on request (SIGTERM) at step 1 of 3")
-    left = re.search(r"left off at step 2, micro-step (\d+)", (run / "log.txt").read_text())
-    assert left is not None and 1 <= int(left[1]) < 40
-    print(f"ZeRO {zero}: left after micro-step {left[1]} of 40")
-    resume(recipe, run, *long_steps, zero=zero)
-    for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-3/optimizer.safetensors", "data_order.jsonl"):
-        assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.fault(
+    "a stop signal to one worker after the first step, in the middle of one, at an epoch's end, in the last forward of all",
+    "the step is left, none is lost; the next launch does it again, to the same bits of adapter, optimizer, metrics, data order",
+)
+def test_stopped_at_any_place_of_its_steps_a_run_goes_on_to_the_same_bits(
+    zero: int, recipe: Path, never_stopped: Callable[[int], Path], tmp_path: Path
+) -> None:
+    wanted, run = never_stopped(zero), tmp_path / "run"
+    turn = next(entry["step"] for entry in metrics(wanted) if entry["epoch"] >= 1)
+    assert 2 < turn < LAST - 1, "the epoch ends in this step"
+    words = ("train", recipe, f"run.dir={run}", "--processes", "2", "--zero", str(zero))
+    # (rank, step, micro-step) of the forward that it comes in: the step is given up after the backward
+    for rank, step, micro in ((1, 2, 1), (0, turn, 2), (1, turn + 1, 1)):
+        done = mistral_dist(*words, **faults.environment(stop_in_forward=[rank, step, micro]))
+        assert done.returncode == 85, done.stdout + done.stderr
+        assert_stopped(run, f"on request (SIGTERM) at step {step - 1} of {LAST}")
+        assert f"left off at step {step}, micro-step {micro}" in (run / "log.txt").read_text()
+    done = mistral_dist(*words, **faults.environment(stop_in_forward=[0, LAST, MICRO_STEPS]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"going on from checkpoint-(\d+)", (run / "log.txt").read_text()) == ["1", str(turn - 1), str(turn)]
+    assert_same_run(run, wanted)
 
 
 @pytest.mark.fault("a stop signal while the model is loaded", "stopped with the checkpoint that there was", zero=(2,))
@@ -158,22 +188,26 @@ def test_a_bare_launcher_that_is_told_to_passes_a_signal_on(recipe: Path, tmp_pa
 @pytest.mark.fault("train.max_seconds", "saved and stopped in time, exit code 85", zero=(2,))
 def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    began = time.monotonic()
+    limit = 100
+    began = datetime.now(UTC)
     done = mistral_dist(
-        "train", recipe, f"run.dir={run}", "train.epochs=1000", "train.steps=20000", "train.max_seconds=100", "--processes=2"
+        "train", recipe, f"run.dir={run}", "train.epochs=1000", "train.steps=20000", f"train.max_seconds={limit}", "--processes=2"
     )
-    seconds = time.monotonic() - began
     assert done.returncode == 85, done.stdout + done.stderr
-    print(f"train.max_seconds=100: ended after {seconds:.0f} s, at step {status(run)['step']}")
+    saved = (datetime.fromisoformat(status(run)["updated"]) - began).total_seconds()
+    print(f"train.max_seconds={limit}: saved after {saved:.0f} s, at step {status(run)['step']}")
+    assert status(run)["step"] > 0
+    # what it keeps for the last save is a guess, from the longest so far
+    assert limit / 2 < saved < limit * 1.2
     assert_stopped(run, "by train.max_seconds")
 
 
 # because of one of them
 
 
-@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.fault("a rank that hangs (SIGSTOP)", "named, stacks kept, all end within a minute; the same bits")
-def test_a_hung_rank_is_named_and_killed(zero: int, recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+def test_a_hung_rank_is_named_and_killed(zero: int, recipe: Path, never_stopped: Callable[[int], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     for until, rank in ((7, 1), (12, 0)):
         with training(recipe, run, "train.stall_seconds=8", until=until, zero=zero) as started:
@@ -190,7 +224,7 @@ def test_a_hung_rank_is_named_and_killed(zero: int, recipe: Path, never_stopped:
         assert "Thread" in (run / "stacks" / f"rank-{1 - rank}.txt").read_text()
     # with the same short limit, and nobody hung
     resume(recipe, run, "train.stall_seconds=8", zero=zero)
-    assert_same_run(run, never_stopped if zero == 2 else train(recipe, tmp_path / "never-stopped", zero=zero))
+    assert_same_run(run, never_stopped(zero))
     assert not (run / "stacks" / "rank-0.txt").exists()
 
 
@@ -220,12 +254,17 @@ def site(folder: Path, code: str) -> str:
     return os.pathsep.join([str(folder), str(ROOT)])
 
 
-@pytest.mark.fault("a rank with other code or another recipe", "refused at the start, with both values", zero=(0,))
-def test_a_rank_with_other_code_and_another_recipe_is_refused(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.fault(
+    "a rank with other code, another recipe or another version of a library", "refused at the start, with both values", zero=(0,)
+)
+def test_a_rank_with_other_code_recipe_and_version_is_refused(recipe: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(ROOT / "mistral_dist", other / "mistral_dist", ignore=shutil.ignore_patterns("__pycache__"))
     with open(other / "mistral_dist" / "loss.py", "a", encoding="utf-8") as stream:
         stream.write("\n# one machine was not updated\n")
+    # which Python finds before the one that is installed
+    (other / "datasets-0.1.dist-info").mkdir()
+    (other / "datasets-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 0.1\n")
     path = site(tmp_path / "site", f"sys.path.insert(0, {str(other)!r})\nsys.argv.append('train.seed=7')")
     run = tmp_path / "run"
     # not in the clone, whose package would be found before any other
@@ -235,16 +274,50 @@ def test_a_rank_with_other_code_and_another_recipe_is_refused(recipe: Path, tmp_
     assert done.returncode == 2, done.stdout + done.stderr
     message = status(run)["message"]
     found = re.search(
-        r"rank 1 on \S+: the code of mistral-dist is (\w{16}) \(on rank 0: (\w{16})\), train\.seed is 7 \(on rank 0: 0\)", message
+        r"rank 1 on \S+: datasets is 0\.1 \(on rank 0: ([\d.]+)\), "
+        r"the code of mistral-dist is (\w{16}) \(on rank 0: (\w{16})\), train\.seed is 7 \(on rank 0: 0\)",
+        message,
     )
-    assert found is not None and found[1] != found[2], message
+    assert found is not None and found[1] == version("datasets") and found[2] != found[3], message
     assert message in " ".join((done.stdout + done.stderr).split())
     assert not (run / "metrics.jsonl").exists()
     assert_nobody_left(run)
 
 
-@pytest.mark.fault("a rank without memory", "told with a remedy; the same bits after", zero=(2,))
-def test_a_rank_without_memory_says_so_and_the_next_launch_goes_on(recipe: Path, never_stopped: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("a rank with other data or another base", "refused at the start, with both fingerprints", zero=(0,))
+def test_a_rank_with_other_data_and_another_base_is_refused(write_recipe: WriteRecipe, small_model: Path, tmp_path: Path) -> None:
+    """One example more and one bit of the weights; each rank's own folders, whose paths may differ."""
+    recipe = write_recipe(train={"steps": 3})
+    data = [Recipe.load(recipe).data_dir, tmp_path / "data" / "other"]
+    assert mistral_dist("prepare", recipe).returncode == 0
+    rows = (tmp_path / "small.jsonl").read_text()
+    (tmp_path / "small.jsonl").write_text(rows + json.dumps({"text": "Entry 300: one more.", "label": "numpy"}) + "\n")
+    assert mistral_dist("prepare", recipe, f"data.dir={data[1]}").returncode == 0
+    (tmp_path / "small.jsonl").write_text(rows)
+    base = shutil.copytree(small_model, tmp_path / "base")
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+
+    path = site(tmp_path / "site", f"sys.argv += ['data.dir={data[1]}', 'model.path={base}']")
+    run = tmp_path / "run"
+    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "2", "--zero", "0", PYTHONPATH=path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = status(run)["message"]
+    for folder in data:
+        assert json.loads((folder / "manifest.json").read_text())["fingerprint"] in message
+    found = re.search(r"rank 1 on \S+: .*the base test/small is (\w{16}) \(on rank 0: (\w{16})\)", message)
+    assert found is not None, message
+    assert found[1] != found[2] == fingerprint(Recipe.load(recipe).model)
+    assert message in " ".join((done.stdout + done.stderr).split())
+    assert not (run / "metrics.jsonl").exists()
+    assert_nobody_left(run)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.fault("a rank without memory (RLIMIT_AS)", "told with a remedy; the same bits after")
+def test_a_rank_without_memory_says_so_and_the_next_launch_goes_on(
+    zero: int, recipe: Path, never_stopped: Callable[[int], Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     starve = f"""
 import threading
@@ -258,15 +331,17 @@ def starve():
 threading.Thread(target=starve, daemon=True).start()
 """
     path = site(tmp_path / "site", starve)
-    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "2", PYTHONPATH=path)
+    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "2", "--zero", str(zero), PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert_nobody_left(run)
     message = status(run)["message"]
     print(message)
-    assert "memory" in message
-    assert "Go on with" in message or "it needs less memory" in message
-    resume(recipe, run)
-    assert_same_run(run, never_stopped)
+    # by itself, with rank and phase; where there was no memory to say so in, its launcher does, from its last words or its signal
+    by_itself = r"^rank 1 on \S+ ran out of memory in step \d+.*(forward|backward|update).*: [\d.]+ GiB.*Go on with train\."
+    by_its_launcher = r"^(memory was refused to a worker|rank 1 \(process \d+\) (crashed|was killed)).*"
+    assert re.search(by_itself, message) or re.search(by_its_launcher, message), message
+    resume(recipe, run, zero=zero)
+    assert_same_run(run, never_stopped(zero))
 
 
 # because one never comes
@@ -290,4 +365,25 @@ def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: 
     done = mistral_dist(*command, MISTRAL_DIST_JOIN_SECONDS="8")
     assert done.returncode == 1, done.stdout + done.stderr
     assert words in status(run)["message"]
+    assert not workers(run)
+
+
+@pytest.mark.fault("the port where the nodes meet is in use", "told at once, with the port", zero=(0,))
+def test_a_port_that_is_in_use_is_told_at_once(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", recipe, f"run.dir={run}", "--processes", "2", "--zero", "0", "--nodes", "2", "--node-rank", "0"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        began = time.monotonic()
+        done = mistral_dist(*words, "--main-address", f"127.0.0.1:{port}", MISTRAL_DIST_JOIN_SECONDS="100")
+        seconds = time.monotonic() - began
+    print(f"port in use: told after {seconds:.0f} s")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert seconds < 100, "it waits for nobody"
+    told = f"port {port} is in use on this machine; name another one on all nodes: --main-address HOST:PORT"
+    assert told in status(run)["message"]
+    assert told in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stdout + done.stderr
     assert not workers(run)

@@ -1,6 +1,7 @@
 """Saving in a real run: killed inside a save at every point, and on a disk that fills up."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run, never_killed, recipe  # noqa: F401 - fixtures
-from tests.launch import fill, lines, mistral_dist, resume, small_disk, status, train, training, wait_for
+from tests.launch import STAGES, fill, lines, mistral_dist, resume, small_disk, status, train, training, wait_for
 
 POINTS = {
     # what a checkpoint that was being written has left: (files aside, is the new one there)
@@ -20,9 +21,6 @@ POINTS = {
 }
 
 
-STAGES = [pytest.param(zero, marks=pytest.mark.matrix) if zero != 2 else zero for zero in (0, 1, 2, 3)]
-
-
 def names(run: Path) -> set[str]:
     return {re.sub(r"-[0-9a-f]{8}$", "", path.name) for path in (run / "checkpoints").iterdir()}
 
@@ -32,7 +30,7 @@ def names(run: Path) -> set[str]:
 def test_killed_inside_a_save_it_uses_what_is_whole(
     zero: int,
     recipe: Path,  # noqa: F811 - fixtures
-    never_killed: Path,  # noqa: F811
+    never_killed: Callable[[int], Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """Five kills in one run, each while checkpoint-15 is written; the first launch has made checkpoint-5 and -10."""
@@ -51,7 +49,7 @@ def test_killed_inside_a_save_it_uses_what_is_whole(
     assert "damaged" not in log
     # the last two, and one that the guards could go back to
     assert names(run) == {"checkpoint-10", "checkpoint-15", "checkpoint-20"}
-    assert_same_run(run, never_killed if zero == 2 else train(recipe, tmp_path / "never-killed", zero=zero))
+    assert_same_run(run, never_killed(zero))
 
 
 @pytest.mark.parametrize("zero", STAGES)

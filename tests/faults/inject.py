@@ -5,6 +5,8 @@ infinite_gradient          [[step, slot], ...]: that of this micro-batch, whose 
 kill_in_save               [point, step]: rank 0 kills itself there while it writes checkpoint-<step>
 huge_rate                  [step, ...]: the learning rate is 1 there
 slow                       {rank: seconds}: how much longer each of its forwards takes
+stop_in_forward            [rank, step, micro-step]: it sends itself SIGTERM before that forward
+slow_save                  seconds: how much longer a checkpoint takes to be written
 stop_in_validation         [step, batch]: rank 1 sends itself SIGTERM before that forward of that step's validation
 hang_in_validation         [step, batch]: rank 1 goes no further there
 kill_after_validation      step: rank 0 kills itself when it has written the line of that step's validation
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 import transformers.masking_utils
 
-from mistral_dist import loss, model, optim, run
+from mistral_dist import checkpoint, loss, model, optim, run
 from mistral_dist.data import stream
 from mistral_dist.runtime import engine, memory, shards
 from tests.faults.killing import kill_in_save
@@ -38,6 +40,7 @@ now = [0, 0]
 seed_noise, summed_loss, lr_at = engine.seed_noise, loss.summed_loss, optim.lr_at
 get_device_properties = torch.cuda.get_device_properties
 collate, build_trainable, scatter_moments = stream.collate, model.build_trainable, shards.scatter_moments
+write_manifest = checkpoint._manifest
 
 
 def noting(seed: int, step: int, slot: int) -> None:
@@ -99,11 +102,18 @@ def forgetful(parameters: Any, optimizer: Any, moments: Any, step: int) -> None:
 
 def troubled(self: Any, phase: str, step: int | None = None, micro: int | None = None) -> None:
     arrive(self, phase, step, micro)
+    if phase == "forward" and FAULTS.get("stop_in_forward") == [self.rank, step, micro]:
+        os.kill(os.getpid(), signal.SIGTERM)
     if phase == "validation" and self.rank == 1:
         if FAULTS.get("stop_in_validation") == [step, micro]:
             os.kill(os.getpid(), signal.SIGTERM)
         if FAULTS.get("hang_in_validation") == [step, micro]:
             time.sleep(3600)
+
+
+def sleepy(*given: Any) -> Any:
+    time.sleep(FAULTS["slow_save"])
+    return write_manifest(*given)
 
 
 def deadly(self: Any, name: str, entry: dict[str, Any]) -> None:
@@ -116,6 +126,8 @@ arrive, append = engine.Runtime.at, run.RunDirectory.append
 engine.Runtime.at, run.RunDirectory.append = troubled, deadly  # type: ignore[method-assign]
 if "kill_in_save" in FAULTS and os.environ.get("RANK", "0") == "0":
     kill_in_save(*FAULTS["kill_in_save"])
+if "slow_save" in FAULTS:
+    checkpoint._manifest = sleepy
 if "memory" in FAULTS:
     memory.refuses_in_time = lambda device: True
 if "card_bytes" in FAULTS:
