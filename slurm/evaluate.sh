@@ -6,7 +6,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 # Score base and tuned model of a finished run on all GPUs of one node; writes RUN/evaluation/ (docs/slurm.md).
-#   sbatch --gpus-per-node=8 --cpus-per-task=64 --time=1:00:00 slurm/evaluate.sh RUN [section.field=value ...]
+#   sbatch --gpus-per-node=8 --cpus-per-gpu=8 --time=1:00:00 slurm/evaluate.sh RUN [section.field=value ...]
 #   slurm/evaluate.sh RUN ...      # submits as slurm/site.env says
 set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi

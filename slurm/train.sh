@@ -7,7 +7,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 # Train on all GPUs of one node or several, through preemption, time limits and nodes that fail (docs/slurm.md).
-#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=8:00:00 slurm/train.sh RECIPE [section.field=value ...]
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=8:00:00 slurm/train.sh RECIPE [section.field=value ...]
 #   slurm/train.sh RECIPE ...      # looks at recipe, data and base first, then submits as slurm/site.env says
 # Before, on the login node: mistral-dist fetch RECIPE && mistral-dist prepare RECIPE [the same overrides]
 # 180 seconds before the time limit, when it is preempted, and on scancel --signal=USR1, the run saves and stops; then the job
