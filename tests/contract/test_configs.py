@@ -216,6 +216,7 @@ def test_accelerate_knows_all_that_a_config_says(file: Path) -> None:
     if is_zero:
         assert (ROOT / said["deepspeed_config"]["deepspeed_config_file"]) in DEEPSPEED
         assert said["deepspeed_config"]["zero3_init_flag"] is False
+    assert (config.num_processes == 1) == str(config.distributed_type).endswith("NO"), "Accelerate by itself starts one"
     if config.num_machines > 1:
         assert said["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard", "pdsh writes the environment to a file"
 
