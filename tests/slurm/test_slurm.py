@@ -127,7 +127,7 @@ def test_whatever_happens_it_goes_on_by_itself(
     assert status(run)["launches"] == 2
     told = (run / "log.txt").read_text()
     assert "going on from checkpoint-" in told
-    assert ("stopping on request" in told) == (happens is not down), "a node that is lost cannot save"
+    assert happens is down or "stopping on request" in told, "a node that is lost may not be able to save"
 
 
 def test_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
@@ -137,7 +137,7 @@ def test_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, submit: Ca
     restarts = int(found["Restarts"])
     assert restarts >= 1, "it was faster than its limit; this machine needs more steps"
     assert_finished(cluster, job, run, undisturbed, restarts)
-    assert log_of(run, job).count("USR1: the run is asked to save and stop") == restarts
+    assert log_of(run, job).count("USR1: the run is asked to save and stop") >= restarts, "once more, where it came to the finished run"
     assert status(run)["launches"] == restarts + 1
     assert "stopping on request (SIGUSR1)" in (run / "log.txt").read_text()
 
