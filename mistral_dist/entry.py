@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from mistral_dist.config import Recipe
 from mistral_dist.errors import FAILED, STOPPED, MachineError, MistralDistError, RunError, StopAgreed
@@ -16,6 +17,7 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
     Raises RunError where another process writes there, or where the run began with another recipe.
     """
     run = RunDirectory(recipe.run_dir)
+    before = _status(run)  # before any rank of this launch may fail: there is a collective behind
     with ExitStack() as held:
 
         def take() -> str:
@@ -33,7 +35,7 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
             runtime.watch(
                 recipe.train.stall_seconds,
                 stacks=run.path / "stacks",
-                report=lambda message: run.set_status("failed", FAILED, message),
+                report=lambda message: _note_watch(run, message, before),
                 say=lambda line: print(line, flush=True),
             )
             yield run
@@ -45,6 +47,23 @@ def open_run(recipe: Recipe, runtime: Runtime) -> Iterator[RunDirectory]:
             if told is error:
                 raise
             raise told from error
+
+
+def _note_watch(run: RunDirectory, message: str, before: dict[str, Any] | None) -> None:
+    """Write what the watch has found into the status, unless a rank of this launch has noted how it ended: that says more.
+
+    `before`: the status that this launch found, which stands there until the training begins.
+    """
+    now = _status(run)
+    is_noted = now is not None and now != before and now["state"] != "running"
+    if not is_noted and (now or {}).get("state") != "finished":
+        run.set_status("failed", FAILED, message)
+
+
+def _status(run: RunDirectory) -> dict[str, Any] | None:
+    with suppress(OSError, RunError):  # a damaged one says nothing
+        return run.status()
+    return None
 
 
 def end_before_start(runtime: Runtime, run: RunDirectory, asked: StopAgreed) -> int:

@@ -18,7 +18,7 @@ from mistral_dist.files import describe, read_json, remedy
 from mistral_dist.hub import local_path
 from mistral_dist.run import RunDirectory, check_free, check_same, holder, move_aside, wait_until_free
 from mistral_dist.runtime import launcher, slurm
-from mistral_dist.runtime.causes import cause, memory_kills
+from mistral_dist.runtime.causes import cause, memory_kills, seen_from_here
 from mistral_dist.topology import Topology, evaluation_line, training_line
 
 ANY = Topology()
@@ -62,8 +62,9 @@ def start_training(
     kills = memory_kills()
     with following(run) if log == run.log else nullcontext(lambda: None) as tick:
         code = launcher.run(line, log, tick, say, started)
-    why = cause(_since(log, before), memory_kills() - kills) if code != FINISHED else None
-    return _ended(run, log, code, status, time.monotonic() - launched, why)
+    said = _since(log, before) if code != FINISHED else ""
+    why = cause(said, memory_kills() - kills) if code != FINISHED else None
+    return _ended(run, log, code, status, time.monotonic() - launched, why, seen_from_here(said))
 
 
 def check_training(recipe: Recipe) -> None:
@@ -169,14 +170,17 @@ def _since(log: Path, start: int) -> str:
         return stream.read().decode("utf-8", "replace")
 
 
-def _ended(run: RunDirectory, log: Path, code: int, before: dict[str, Any] | None, seconds: float, why: str | None) -> int:
+def _ended(
+    run: RunDirectory, log: Path, code: int, before: dict[str, Any] | None, seconds: float, why: str | None, seen: str | None = None
+) -> int:
     """Say how the workers ended. Their exit code comes from the status, since Accelerate turns every failure into 1.
 
-    `why`: what launcher and kernel say about it, where the workers could not.
+    `why`: what launcher and kernel say about it, where the workers could not; `seen`: what the watch of this node's ranks has seen,
+    which is told beside what another node may have noted before.
     """
     if log == run.log:
         check_free(run.path)  # of two that start at once, one trains, and the other's workers have been refused
-    else:
+    elif seen is None:  # what was seen here has been noted
         _wait_for_first(run)
     status = run.status()
     if status is None or status["state"] == "running" or (status == before and code != 0):
@@ -188,7 +192,8 @@ def _ended(run: RunDirectory, log: Path, code: int, before: dict[str, Any] | Non
         if status["exit_code"] != FAILED:
             raise TrainingError(status["message"], status["exit_code"])
         _show_tail(log)
-        raise TrainingError(f"{run.path}: {status['message']}. The last lines of the workers are above, all of them in {log}")
+        told = status["message"] if seen is None or seen in status["message"] else f"{status['message']}. Seen from this node: {seen}"
+        raise TrainingError(f"{run.path}: {told}. The last lines of the workers are above, all of them in {log}")
     say(f"{run.path}: {status['message']}, after {minutes(seconds)}")
     return FINISHED if status["state"] == "finished" else STOPPED
 

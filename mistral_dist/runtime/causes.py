@@ -17,12 +17,22 @@ def memory_kills() -> int:
     return next((int(match[1]) for match in found if match is not None), 0)
 
 
+def seen_from_here(log: str) -> str | None:
+    """What the watch of this node's ranks said as it ended them, which need not be what another node has seen; None where it did not."""
+    found = re.search(r"^watch: (.+)$", log, re.MULTILINE)
+    return found and found[1]
+
+
 def cause(log: str, kills: int = 0) -> str | None:
     """What ended the workers, from the log of their launch; None where nothing is recognised.
 
     `kills`: processes that the kernel killed for memory in the meantime.
     """
     return next((words for find in CAUSES if (words := find(log, kills))), None)
+
+
+def _watched(log: str, _kills: int) -> str | None:
+    return seen_from_here(log)
 
 
 def _ended_by_signal(log: str, kills: int) -> str | None:
@@ -84,5 +94,12 @@ def _no_memory(log: str, _kills: int) -> str | None:
     return found and f"memory was refused to a worker ({found[1].strip()[:80]}); it needs {LESS}"
 
 
-CAUSES: tuple[Callable[[str, int], str | None], ...] = (_no_memory, _ended_by_signal, _machine_missing, _nobody_there, _port_in_use)
+CAUSES: tuple[Callable[[str, int], str | None], ...] = (
+    _no_memory,
+    _watched,
+    _ended_by_signal,
+    _machine_missing,
+    _nobody_there,
+    _port_in_use,
+)
 """In the order of what says more."""

@@ -19,7 +19,7 @@ import psutil
 
 from mistral_dist.errors import FAILED
 from mistral_dist.runtime import process
-from mistral_dist.runtime.nodes import Nodes
+from mistral_dist.runtime.nodes import Nodes, interface
 
 GRACE = 30.0
 """Seconds that workers have to end by themselves after their agent has gone."""
@@ -87,11 +87,7 @@ def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], No
     `started`: when the user asked for it, on the monotonic clock; train.max_seconds counts from there. `tick` is called several
     times a second. A stop signal goes on to the workers, once, and `say` is told; they save and end by themselves.
     """
-    environment = {**os.environ, process.LAUNCHER: process.identity(), process.STARTED: str(started or time.monotonic())}
-    environment["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"  # torchrun would put its own handlers where the agent ignores a signal
-    if not line.gpus:
-        here = (line.processes or 1) // (line.nodes.count if line.nodes else 1)
-        environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(here)))
+    environment = _environment(line, started or time.monotonic())
     # `accelerate launch`, without what the other commands of `accelerate` import: 1 of 2.5 s of CPU time
     command = [sys.executable, "-m", "accelerate.commands.launch", *line.arguments()]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +103,19 @@ def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], No
             return _wait(agent, line, stop, tick, say)
         finally:
             _end(agent)
+
+
+def _environment(line: Line, started: float) -> dict[str, str]:
+    """For the agent and its workers."""
+    environment = {**os.environ, process.LAUNCHER: process.identity(), process.STARTED: str(started)}
+    environment["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"  # torchrun would put its own handlers where the agent ignores a signal
+    if not line.gpus:
+        here = (line.processes or 1) // (line.nodes.count if line.nodes else 1)
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_process(here)))
+    reaching = interface(line.nodes) if line.nodes else None
+    if reaching is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", reaching)
+    return environment
 
 
 def _wait(

@@ -4,13 +4,20 @@ One `mistral-dist train` on each starts that node's workers; all name the same c
 nothing need be named.
 """
 
+import contextlib
+import ipaddress
+import socket
 from dataclasses import dataclass
+
+import psutil
 
 from mistral_dist.errors import RecipeError
 from mistral_dist.runtime import slurm
 
 PORT = 29500
 """Where the nodes meet unless told otherwise; torchrun's own."""
+ANYWHERE = "192.0.2.1"
+"""An address that is kept for documentation (RFC 5737): whatever is meant for it takes the default route."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,38 @@ def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | N
     if not main:
         raise RecipeError(f"--nodes {count}: where do they meet? Add --main-address HOST[:PORT], the address of node 0, the same on all")
     return Nodes(count, rank, *_host_and_port(main))
+
+
+def interface(nodes: Nodes) -> str | None:
+    """The network interface of this node by which the nodes reach each other; None where that is not known, or is this machine alone.
+
+    gloo would take the one that this host's own name stands for, which is 127.0.1.1 where Debian's or Ubuntu's installer has written
+    /etc/hosts: nobody else could reach it there.
+    """
+    own = _source(nodes.address)
+    if own is not None and own.is_loopback and nodes.is_first and _is_name(nodes.address):
+        own = _source(ANYWHERE)  # the address is this node's own name, which says nothing here
+    if own is None or own.is_loopback:
+        return None
+    having = {name: [address.address.partition("%")[0] for address in found] for name, found in psutil.net_if_addrs().items()}
+    return next((name for name, addresses in having.items() if str(own) in addresses), None)
+
+
+def _source(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address from which this machine would send to a host. Nothing is sent."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, where = socket.getaddrinfo(host, PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)
+            return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
+    return None
+
+
+def _is_name(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return False
+    return host != "localhost"
 
 
 def _of_step(task: slurm.Task, main: str | None) -> Nodes:

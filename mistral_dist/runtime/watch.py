@@ -7,6 +7,9 @@ the others wait for. A process that is stopped, or whose machine is gone, says n
 
 The first rank that finds another hung puts its verdict into the store, and all obey it: they dump their stacks, one writes
 the status, those on the machine of the hung rank kill it, all leave.
+
+Where the store itself gives no answer any more (its machine is gone, or the network to it is cut), whoever asks it waits for as
+long as TCP does, a quarter of an hour. So a second thread looks at when it last answered, and leaves by itself.
 """
 
 import datetime
@@ -104,16 +107,16 @@ def hung(ranks: Mapping[int, Seen], now: float, limit: float) -> dict[int, str]:
     One that says nothing is hung; else those with the fewest moves, where another one is ahead of them. Ranks that stand at
     the same place for long may all be at work.
     """
-    silent = {rank: now - seen.alive for rank, seen in ranks.items() if now - seen.alive >= _allowed(seen, limit)}
+    silent = {rank: now - seen.alive for rank, seen in ranks.items() if now - seen.alive >= _allowed(seen.beat.place, limit)}
     if silent:
         return {rank: f"has given no sign of life for {age:.0f} s; last seen at" for rank, age in silent.items()}
     moves = [seen.beat.place.moves for seen in ranks.values()]
     last = {rank: now - seen.moved for rank, seen in ranks.items() if seen.beat.place.moves == min(moves) < max(moves)}
-    return {rank: f"has not moved for {age:.0f} s:" for rank, age in last.items() if age >= _allowed(ranks[rank], limit)}
+    return {rank: f"has not moved for {age:.0f} s:" for rank, age in last.items() if age >= _allowed(ranks[rank].beat.place, limit)}
 
 
-def _allowed(seen: Seen, limit: float) -> float:
-    return limit * PATIENCE.get(seen.beat.place.phase, 1.0)
+def _allowed(place: Place, limit: float) -> float:
+    return limit * PATIENCE.get(place.phase, 1.0)
 
 
 def sentence(found: Mapping[int, str], ranks: Mapping[int, Seen]) -> str:
@@ -155,7 +158,7 @@ class Board(Protocol):
 
 
 class Watch:
-    """One rank's thread that looks after the others."""
+    """One rank's threads that look after the others, and after the store by which they do."""
 
     def __init__(
         self,
@@ -177,6 +180,8 @@ class Watch:
         self._ranks: dict[int, Seen] = {}
         self._beats = 0
         self._told_slow: set[int] = set()
+        self._answered = time.monotonic()
+        """When the store last did."""
         self._over = threading.Event()
         self._stacks = stacks / f"rank-{rank}.txt"
         stacks.mkdir(parents=True, exist_ok=True)
@@ -187,6 +192,7 @@ class Watch:
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._look_after_store, name="watch-store", daemon=True).start()
 
     def close(self) -> None:
         """All is well: nobody is looked after any more."""
@@ -203,18 +209,33 @@ class Watch:
         looked = time.monotonic()
         while not self._over.wait(self._every):
             now = time.monotonic()
-            # this process was itself stopped (or its machine asleep): what it then missed says nothing about the others
-            was_away = now - looked > 2 * self._every + 1
-            looked = now
-            with suppress(RuntimeError):  # the store does not answer: its machine ends, and this process with it or on its own
+            was_away, looked = self._was_away(looked, now), now
+            with suppress(RuntimeError):  # the connection to the store is broken: see _look_after_store
                 self._look(now, was_away)
+
+    def _look_after_store(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(self._every) and self._thread.is_alive():
+            now = time.monotonic()
+            if self._was_away(looked, now):
+                self._answered = now
+            looked, age = now, now - self._answered
+            # as patient as the others are with this rank, and as this one is with rank 0, which works beside the store
+            places = [self._place(), *(seen.beat.place for rank, seen in list(self._ranks.items()) if rank == 0)]
+            if age >= max(_allowed(place, self._limit) for place in places):
+                self._give_up(age)
+
+    def _was_away(self, before: float, now: float) -> bool:
+        """Whether this process was itself stopped between two looks: what it then missed says nothing about the others."""
+        return now - before > 2 * self._every + 1
 
     def _look(self, now: float, was_away: bool) -> None:
         self._beats += 1
         own = Beat(socket.gethostname(), process.identity(), self._beats, self._place(), self._pace())
         self._board.set(_key(self._rank), own.write())
         for rank in range(self._world_size):
-            if self._board.check([_key(rank)]):
+            is_known, self._answered = self._board.check([_key(rank)]), time.monotonic()
+            if is_known:
                 beat = Beat.read(self._board.get(_key(rank)).decode())
                 seen = self._ranks.setdefault(rank, Seen(beat, now, now))
                 seen.update(beat, now)
@@ -236,15 +257,15 @@ class Watch:
             self._say(f"note: {named(rank, self._ranks[rank].beat)} is slow: a forward takes {times:.1f} times the others' median")
 
     def _obey(self, verdict: dict[str, object]) -> None:
-        """Leave: stacks, status, the hung processes of this machine, this one. Bounded, whatever does not answer."""
+        """Leave as the verdict says."""
         guilty, message = verdict["ranks"], str(verdict["message"])
         assert isinstance(guilty, list)
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
-        threading.Timer(20.0, os._exit, [FAILED]).start()
+        if self._over.is_set():
+            return
+        self._begin_to_leave()
         # each by itself: what cannot be written must not keep a hung process alive
         if self._rank == min((rank for rank in self._ranks if rank not in guilty), default=self._rank):
-            with suppress(Exception):
-                self._report(f"{message}; stacks are in {self._stacks.parent}; run the same command to go on")
+            self._tell(message)
             with suppress(Exception):
                 self._board.set("reported", "")
         else:
@@ -253,6 +274,28 @@ class Watch:
         with suppress(Exception):
             self._end([self._ranks[rank].beat for rank in guilty if rank != self._rank])
         os._exit(FAILED)
+
+    def _give_up(self, age: float) -> None:
+        """Leave without a verdict, which would be in the store."""
+        if self._over.is_set():
+            return
+        self._begin_to_leave()
+        what = f"node 0 at {process.environment('MASTER_ADDR')} does not answer any more, for {age:.0f} s"
+        why = "it, or its launcher, is gone or stopped, or the network to it is cut"
+        self._tell(f"{what}: {why}; rank {self._rank} on {socket.gethostname()} is at {self._place()}")
+        os._exit(FAILED)
+
+    def _begin_to_leave(self) -> None:
+        """Stacks, and an end that is bounded, whatever does not answer."""
+        threading.Timer(20.0, os._exit, [FAILED]).start()
+        with suppress(OSError):
+            faulthandler.dump_traceback(file=self._file, all_threads=True)
+
+    def _tell(self, message: str) -> None:
+        with suppress(Exception):
+            self._say(f"watch: {message}")
+        with suppress(Exception):
+            self._report(f"{message}; stacks are in {self._stacks.parent}; run the same command to go on")
 
     def _end(self, beats: Sequence[Beat]) -> None:
         """Have hung processes of this machine show their stacks, if they still can, and kill them."""

@@ -12,8 +12,9 @@ import pytest
 from mistral_dist import train, workflow
 from mistral_dist.config import Checkpoint, Recipe
 from mistral_dist.entry import open_run
-from mistral_dist.errors import DataError, MachineError, RecipeError, RunError
+from mistral_dist.errors import DataError, MachineError, RecipeError, RunError, TrainingError
 from mistral_dist.run import Lease, RunDirectory
+from mistral_dist.runtime.causes import cause, seen_from_here
 from mistral_dist.runtime.process import StopRequest
 from mistral_dist.saver import Saver
 from tests.unit.test_checkpoint import snapshot
@@ -151,6 +152,50 @@ def test_the_failure_of_an_older_launch_is_not_told_anew(run: RunDirectory, reci
     with pytest.raises(OSError, match="Connection"), open_run(recipe, rank()) as held:
         fail_while_loading(held)
     assert run.status() == before
+
+
+@pytest.mark.parametrize(
+    ("before", "noted", "wanted"),
+    [
+        (None, None, ("failed", 1, "rank 1 hangs")),
+        ("failed", None, ("failed", 1, "rank 1 hangs")),  # of the launch before: this one has not begun to train
+        ("stopped", None, ("failed", 1, "rank 1 hangs")),
+        ("failed", "failed", ("failed", 2, "no memory")),
+        (None, "failed", ("failed", 2, "no memory")),
+        ("failed", "running", ("failed", 1, "rank 1 hangs")),
+        (None, "stopped", ("stopped", 2, "no memory")),
+        (None, "finished", ("finished", 2, "no memory")),
+        ("finished", None, ("finished", 2, "before")),
+    ],
+)
+def test_the_watch_leaves_what_this_launch_has_noted(
+    run: RunDirectory, recipe: Recipe, before: Any, noted: Any, wanted: tuple[str, int, str]
+) -> None:
+    reports = []
+    if before is not None:
+        run.set_status(before, 2, "before")
+    with open_run(recipe, rank(watch=lambda *_, report, **__: reports.append(report))) as held:
+        if noted is not None:
+            held.set_status(noted, 2, "no memory")
+        reports[0]("rank 1 hangs")
+    assert told(run) == wanted
+
+
+def test_what_this_node_has_seen_is_told_beside_what_another_has_noted(
+    run: RunDirectory, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.set_status("failed", 1, "rank 1 (process 7 on b) has given no sign of life; stacks are in x")
+    log = run.path / "log-node1.txt"
+    log.write_text("step 3\nwatch: node 0 at a does not answer any more, for 9 s\nroot cause\n")
+    seen = seen_from_here(log.read_text())
+    with pytest.raises(
+        TrainingError, match=r"no sign of life; stacks are in x\. Seen from this node: node 0 at a does not answer any more"
+    ):
+        workflow._ended(run, log, 1, None, 1.0, cause(log.read_text()), seen)
+    run.set_status("running", None, "training")  # the other one could not note anything
+    with pytest.raises(TrainingError, match=r"run: node 0 at a does not answer any more, for 9 s\. The last lines"):
+        workflow._ended(run, log, 1, None, 1.0, cause(log.read_text()), seen)
+    assert told(run) == ("failed", 1, "node 0 at a does not answer any more, for 9 s")
 
 
 def fail_while_loading(run: RunDirectory) -> None:

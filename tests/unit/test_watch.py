@@ -3,9 +3,13 @@
 import datetime
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -299,6 +303,150 @@ in_a_library()
     assert "rank 1 (process" in (tmp_path / "reported-by-0").read_text()
     for rank in (0, 1):
         assert "in_a_library" in (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
+
+
+SERVER = """
+import time, torch
+store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+WATCHED = """
+import os, pathlib, sys, time
+import torch
+from mistral_dist.runtime.watch import Place, Watch, board
+folder, phase = pathlib.Path(sys.argv[1]), sys.argv[2]
+watch = Watch(0, 1, board(), 2.0, place=lambda: Place(7, phase, 3, 1), pace=lambda: None, stacks=folder / "stacks",
+              report=(folder / "reported").write_text, say=lambda line: print(line, flush=True))
+print("watched", flush=True)
+sys.stdin.readline()
+watch.close()
+time.sleep(1)  # of a thread that still waits nothing may come
+print("closed", flush=True)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+Store = tuple["subprocess.Popen[str]", int]
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """A real store in a process of its own, which a test may stop; and its port."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield server, int(server.stdout.readline())
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@contextmanager
+def watched(port: int, folder: Path, phase: str = "forward") -> "Iterator[subprocess.Popen[str]]":
+    """A rank whose watch has a limit of 2 s; it closes that and ends well when it gets a line."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", WATCHED, str(folder), phase],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "watched\n"
+        time.sleep(1)
+        yield rank
+    finally:
+        rank.kill()
+        rank.communicate()
+
+
+def test_a_store_that_does_not_answer_ends_a_rank(store: Store, tmp_path: Path) -> None:
+    server, port = store
+    with watched(port, tmp_path) as rank:
+        server.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert rank.wait(30) == 1
+        seconds = time.monotonic() - stopped
+        print(f"a limit of 2 s: ended after {seconds:.1f} s")
+        said = rank.communicate()[0]
+    assert seconds >= 1.5
+    words = r"node 0 at 127\.0\.0\.1 does not answer any more, for \d+ s: .*; rank 0 on \S+ is at step 3, micro-step 1, forward"
+    assert re.fullmatch(rf"watch: {words}\n", said), said
+    assert re.match(rf"{words}; stacks are in ", (tmp_path / "reported").read_text())
+    assert "in _look\n" in (tmp_path / "stacks" / "rank-0.txt").read_text(), "where it waits"
+
+
+def test_a_store_that_is_gone_ends_a_rank(store: Store, tmp_path: Path) -> None:
+    """Where asking is refused at once."""
+    server, port = store
+    with watched(port, tmp_path) as rank:
+        server.kill()
+        assert rank.wait(30) == 1
+    assert "node 0 at 127.0.0.1 does not answer any more" in (tmp_path / "reported").read_text()
+
+
+def well_after(rank: "subprocess.Popen[str]", folder: Path) -> None:
+    """It is watched still, and ends well."""
+    assert rank.poll() is None, rank.communicate()[0]
+    assert rank.communicate("close\n", timeout=30)[0] == "closed\n"
+    assert rank.returncode == 0
+    assert not (folder / "reported").exists()
+    assert not (folder / "stacks").exists()
+
+
+def test_a_store_that_answers_late_ends_nobody(store: Store, tmp_path: Path) -> None:
+    server, port = store
+    with watched(port, tmp_path) as rank:
+        for _ in range(3):
+            server.send_signal(signal.SIGSTOP)
+            time.sleep(1.2)
+            server.send_signal(signal.SIGCONT)
+            time.sleep(0.6)
+        well_after(rank, tmp_path)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["the rank", "the rank, then the store"])
+def test_a_rank_that_was_itself_stopped_blames_nobody(both: bool, store: Store, tmp_path: Path) -> None:
+    """As where a machine was asleep, in which the network wakes a moment later."""
+    server, port = store
+    with watched(port, tmp_path) as rank:
+        rank.send_signal(signal.SIGSTOP)
+        if both:
+            server.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        rank.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        server.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        well_after(rank, tmp_path)
+
+
+def test_while_loading_a_store_has_four_times_as_long(store: Store, tmp_path: Path) -> None:
+    server, port = store
+    with watched(port, tmp_path, "loading") as rank:
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        assert rank.poll() is None
+        assert rank.wait(30) == 1
+
+
+def test_at_the_end_of_a_run_a_store_need_not_answer(store: Store, tmp_path: Path) -> None:
+    server, port = store
+    with watched(port, tmp_path) as rank:
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        assert rank.stdin is not None
+        began = time.monotonic()
+        rank.stdin.write("close\n")
+        rank.stdin.flush()
+        assert rank.wait(30) == 0
+        assert time.monotonic() - began < 4
+    assert not (tmp_path / "reported").exists()
 
 
 def test_the_stacks_of_the_launch_before_are_kept(tmp_path: Path) -> None:
