@@ -246,6 +246,12 @@ def test_a_slow_rank_is_named_and_ranks_that_keep_pace_are_not(recipe: Path, tmp
     assert 1.5 <= float(times) <= 6
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def site(folder: Path, code: str) -> str:
     """A PYTHONPATH with which Python runs some code at its start, on rank 1 alone."""
     folder.mkdir()
@@ -284,9 +290,9 @@ def test_a_rank_with_other_code_recipe_and_version_is_refused(recipe: Path, tmp_
     assert_nobody_left(run)
 
 
-@pytest.mark.fault("a rank with other data or another base", "refused at the start, with both fingerprints", zero=(0,))
-def test_a_rank_with_other_data_and_another_base_is_refused(write_recipe: WriteRecipe, small_model: Path, tmp_path: Path) -> None:
-    """One example more and one bit of the weights; each rank's own folders, whose paths may differ."""
+@pytest.mark.fault("a machine with other data and another base", "refused at the start, with both fingerprints", zero=(0,))
+def test_a_machine_with_other_data_and_another_base_is_refused(write_recipe: WriteRecipe, small_model: Path, tmp_path: Path) -> None:
+    """One example more, and one bit of the weights; in folders of its own. Each of two nodes is a launcher here."""
     recipe = write_recipe(train={"steps": 3})
     data = [Recipe.load(recipe).data_dir, tmp_path / "data" / "other"]
     assert mistral_dist("prepare", recipe).returncode == 0
@@ -300,8 +306,22 @@ def test_a_rank_with_other_data_and_another_base_is_refused(write_recipe: WriteR
 
     path = site(tmp_path / "site", f"sys.argv += ['data.dir={data[1]}', 'model.path={base}']")
     run = tmp_path / "run"
-    done = mistral_dist("train", recipe, f"run.dir={run}", "--processes", "2", "--zero", "0", PYTHONPATH=path)
-    assert done.returncode == 2, done.stdout + done.stderr
+    words = ["train", str(recipe), f"run.dir={run}", "--processes", "1", "--zero", "0"]
+    words += ["--nodes", "2", "--main-address", f"127.0.0.1:{free_port()}", "--node-rank"]
+    other = subprocess.Popen(
+        [*COMMAND, *words, "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        done = mistral_dist(*words, "0", MISTRAL_DIST_JOIN_SECONDS="120")
+        assert other.wait(120) == done.returncode == 2, done.stdout + done.stderr
+    finally:
+        kill(other.pid)
+        other.communicate()
     message = status(run)["message"]
     for folder in data:
         assert json.loads((folder / "manifest.json").read_text())["fingerprint"] in message
@@ -354,9 +374,7 @@ threading.Thread(target=starve, daemon=True).start()
     ids=["a node is missing", "stale port"],
 )
 def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: str, recipe: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = tmp_path / "two_machines.yaml"
     settings = f"num_machines: 2\nnum_processes: 2\nmachine_rank: {rank}\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\n"
     config.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nsame_network: true\nuse_cpu: false\n{settings}")
@@ -371,7 +389,7 @@ def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: 
 @pytest.mark.fault("the port where the nodes meet is in use", "told at once, with the port", zero=(0,))
 def test_a_port_that_is_in_use_is_told_at_once(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["train", recipe, f"run.dir={run}", "--processes", "2", "--zero", "0", "--nodes", "2", "--node-rank", "0"]
+    words = ["train", recipe, f"run.dir={run}", "--processes", "1", "--zero", "0", "--nodes", "2", "--node-rank", "0"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -385,5 +403,5 @@ def test_a_port_that_is_in_use_is_told_at_once(recipe: Path, tmp_path: Path) -> 
     told = f"port {port} is in use on this machine; name another one on all nodes: --main-address HOST:PORT"
     assert told in status(run)["message"]
     assert told in " ".join((done.stdout + done.stderr).split())
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "\n" not in status(run)["message"]
     assert not workers(run)
