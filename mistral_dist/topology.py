@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from mistral_dist import assets
 from mistral_dist.config import Recipe
 from mistral_dist.errors import RecipeError
@@ -41,6 +43,11 @@ def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module:
             raise RecipeError(f"--config-file {asked.config}: no such file; configs/accelerate/ has some to start from")
         if asked.nodes is not None:
             raise RecipeError("--config-file: goes without --nodes; num_machines, machine_rank and main_process_ip are the file's to say")
+        if zero and not _knows_deepspeed(asked.config):
+            raise RecipeError(
+                f"--zero {zero}: {asked.config} does not start DeepSpeed, and Accelerate would leave it out without a word;"
+                " set distributed_type: DEEPSPEED there, with a deepspeed_config"
+            )
         return launcher.Line(
             config=asked.config, module=module, words=tuple(words), processes=asked.processes, deepspeed=_deepspeed(zero, asked.offload),
             port=None, join_seconds=launcher.join_seconds(), gpus=gpus > 0,
@@ -86,6 +93,14 @@ def processes_per_node(asked: int | None, gpus: int) -> int:
             " CPU processes each node is to run"
         )
     return asked or gpus or 2
+
+
+def _knows_deepspeed(config: Path) -> bool:
+    try:
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"--config-file {config}: cannot be read as YAML ({' '.join(str(error).split())[:80]})") from None
+    return isinstance(found, dict) and str(found.get("distributed_type")).upper().endswith("DEEPSPEED")
 
 
 def _stage_of(asked: Topology) -> int | None:

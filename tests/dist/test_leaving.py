@@ -202,6 +202,22 @@ def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     assert_stopped(run, "by train.max_seconds")
 
 
+@pytest.mark.parametrize(("processes", "zero"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.matrix)])
+@pytest.mark.fault("a stop signal to every process of a run at once, as schedulers send it", "saved and stopped, exit code 85")
+def test_a_scheduler_signals_every_process(processes: int, zero: int, recipe: Path, tmp_path: Path) -> None:
+    """The agent between launcher and workers would die of it, or kill them after 30 seconds."""
+    run = tmp_path / "run"
+    for number, until in ((signal.SIGTERM, 2), (signal.SIGUSR1, 7)):
+        with training(recipe, run, until=until, processes=processes, zero=zero) as started:
+            everyone = [started.pid, *(child.pid for child in psutil.Process(started.pid).children(recursive=True))]
+            assert len(everyone) == 2 + processes
+            for pid in everyone:
+                kill(pid, number)
+            assert started.wait(120) == 85
+        assert_stopped(run, f"on request ({number.name})")
+        assert status(run)["step"] >= until
+
+
 # because of one of them
 
 
