@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import WriteRecipe
 from tests.launch import STAGES, kill, lines, losses, metrics, mistral_dist, resume, status, train, training, wait_for, workers
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER, OPTIMIZER = "adapter/adapter_model.safetensors", "optimizer.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -160,22 +160,12 @@ def test_a_run_moves_between_topologies(write_recipe: WriteRecipe, tmp_path: Pat
     assert lines(moving / "data_order.jsonl") == lines(straight / "data_order.jsonl")
     worst = max(abs(a / b - 1) for a, b in zip(losses(moving), losses(straight), strict=True))
     print(f"losses through {len(MACHINES) + 1} topologies within {worst:.1e} of one process, relative")
-    for file in (ADAPTER, "optimizer.safetensors"):
-        moved, wanted = (load_file(run / "checkpoints/checkpoint-36" / file) for run in (moving, straight))
+    assert worst <= 1e-6
+    # the norm of the difference by that of the tensor; seen: 1.5e-6, 6e-6 and, of squares, 1e-5
+    for file, kinds, within in ((ADAPTER, ("lora_A.weight", "lora_B.weight"), 1e-5), (OPTIMIZER, ("exp_avg", "exp_avg_sq"), 1e-4)):
+        moved, wanted = (load_file(run / "checkpoints" / "checkpoint-36" / file) for run in (moving, straight))
         assert moved.keys() == wanted.keys()
         apart = {name: float((moved[name] - tensor).norm() / tensor.norm()) for name, tensor in wanted.items()}
-        for kind in ("lora_A.weight", "lora_B.weight") if file == ADAPTER else ("exp_avg", "exp_avg_sq"):
+        for kind in kinds:
             print(f"{kind}: within {max(found for name, found in apart.items() if name.endswith(kind)):.1e}")
-    assert worst <= 1e-4
-
-
-@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.matrix) for zero in (1, 2, 3))])
-@pytest.mark.fault("SIGKILL on three ranks", "every bit equal: no rank's sums depend on when the run was started")
-def test_three_ranks_go_on_to_the_same_bits(zero: int, recipe: Path, tmp_path: Path) -> None:
-    """Of two summands the order is of no account; of three it is."""
-    wanted, run = train(recipe, tmp_path / "wanted", processes=3, zero=zero), tmp_path / "run"
-    with training(recipe, run, until=7, processes=3, zero=zero) as started:
-        kill(started.pid)
-    assert_nobody_left(run)
-    resume(recipe, run, processes=3, zero=zero)
-    assert_same_run(run, wanted)
+        assert max(apart.values()) <= within
