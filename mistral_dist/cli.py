@@ -153,9 +153,6 @@ def train(
     leave_when_asked(STOPPED)
     words = list(overrides or [])
     recipe = Recipe.load(recipe_file, words)
-    if check:
-        check_training(recipe)
-        raise typer.Exit(FINISHED)
     if debug:
         from mistral_dist.debug.mode import start_debug
 
@@ -165,6 +162,9 @@ def train(
             )
         raise typer.Exit(start_debug(recipe_file, words))
     asked = Topology(processes, zero, offload, config_file, nodes_of(nodes, node_rank, main_address))
+    if check:
+        check_training(recipe, asked, fresh=fresh)
+        raise typer.Exit(FINISHED)
     raise typer.Exit(start_training(recipe, [str(recipe_file), *words], asked, fresh=fresh))
 
 
@@ -279,8 +279,9 @@ def _is_queued(run: Any) -> bool:
     """Whether the scheduler will go on with a run that has stopped. Asked every few seconds at most, by whoever follows."""
     from mistral_dist.runtime import slurm
 
-    job = (run.status() or {}).get("job")
-    if job is None or (run.status() or {})["state"] == "finished":
+    status = run.status() or {}
+    job = status.get("job")
+    if job is None or status["state"] == "finished":
         return False
     time.sleep(QUEUE_EVERY)
     return (slurm.state(job) or "").split(" ")[0] in slurm.ALIVE

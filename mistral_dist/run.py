@@ -282,8 +282,8 @@ def _pid(lease: dict[str, Any]) -> str:
 
 
 def _host() -> str:
-    """This machine and, since containers may share its name but not its processes, the process namespace."""
-    return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    """This machine: its name, which another may have, too, its last start, and the process namespace, which containers do not share."""
+    return f"{socket.gethostname()}/{process.boot()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def check_free(path: Path) -> None:

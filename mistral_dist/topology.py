@@ -36,18 +36,9 @@ def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module:
 
     Raises RecipeError for what cannot be.
     """
-    zero = _stage_of(asked)
+    zero = check_options(asked)
     gpus = launcher.visible_gpus()
     if asked.config is not None:
-        if not asked.config.is_file():
-            raise RecipeError(f"--config-file {asked.config}: no such file; configs/accelerate/ has some to start from")
-        if asked.nodes is not None:
-            raise RecipeError("--config-file: goes without --nodes; num_machines, machine_rank and main_process_ip are the file's to say")
-        if zero and not _knows_deepspeed(asked.config):
-            raise RecipeError(
-                f"--zero {zero}: {asked.config} does not start DeepSpeed, and Accelerate would leave it out without a word;"
-                " set distributed_type: DEEPSPEED there, with a deepspeed_config"
-            )
         return launcher.Line(
             config=asked.config, module=module, words=tuple(words), processes=asked.processes, deepspeed=_deepspeed(zero, asked.offload),
             port=None, join_seconds=launcher.join_seconds(), gpus=gpus > 0,
@@ -101,6 +92,25 @@ def _knows_deepspeed(config: Path) -> bool:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"--config-file {config}: cannot be read as YAML ({' '.join(str(error).split())[:80]})") from None
     return isinstance(found, dict) and str(found.get("distributed_type")).upper().endswith("DEEPSPEED")
+
+
+def check_options(asked: Topology) -> int | None:
+    """The ZeRO stage that is asked for. Raises RecipeError for options that do not go together, on whatever machine."""
+    zero = _stage_of(asked)
+    if asked.config is None:
+        return zero
+    if not asked.config.is_file():
+        raise RecipeError(f"--config-file {asked.config}: no such file; configs/accelerate/ has some to start from")
+    if asked.nodes is not None:
+        raise RecipeError(
+            "--config-file: not on several nodes (--nodes, or a SLURM step); mistral-dist says itself where they meet, with its own"
+        )
+    if zero and not _knows_deepspeed(asked.config):
+        raise RecipeError(
+            f"--zero {zero}: {asked.config} does not start DeepSpeed, and Accelerate would leave it out without a word;"
+            " set distributed_type: DEEPSPEED there, with a deepspeed_config"
+        )
+    return zero
 
 
 def _stage_of(asked: Topology) -> int | None:

@@ -64,7 +64,7 @@ def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunD
         return STOPPED if code == FINISHED else code
 
     console.rule("5  evaluate base and tuned", align="left")
-    start_evaluation(run)
+    start_evaluation(run, processes=processes)
     return FINISHED
 
 

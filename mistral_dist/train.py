@@ -89,7 +89,7 @@ def train_on(session: Session) -> None:
             raise
         if work is None:  # on all ranks alike, too: one of them is asked to stop while it waits for its data
             session.runtime.agree_to_go_on()
-            continue
+            break
         result = pass_over(session, work) if session.passes_over(work) else step(session, work)
         session.advance(work, result)
         trouble = session.trouble()

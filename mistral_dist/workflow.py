@@ -18,9 +18,10 @@ from mistral_dist.files import describe, read_json, remedy
 from mistral_dist.hub import local_path
 from mistral_dist.run import RunDirectory, check_free, check_same, holder, move_aside, wait_until_free
 from mistral_dist.runtime import launcher, slurm
-from mistral_dist.runtime.causes import cause, memory_kills, seen_from_here
-from mistral_dist.topology import Topology, evaluation_line, training_line
+from mistral_dist.runtime.causes import cause, memory_kills, refused, seen_from_here
+from mistral_dist.topology import Topology, check_options, evaluation_line, training_line
 
+NOT_ANEW = "not {}, which would begin anew each time it is started again; set run.dir=... for a new run, or move the old one away yourself"
 ANY = Topology()
 """Nothing asked for: all of it is decided here."""
 
@@ -62,13 +63,21 @@ def start_training(
     kills = memory_kills()
     with following(run) if log == run.log else nullcontext(lambda: None) as tick:
         code = launcher.run(line, log, tick, say, started)
+    if code == STOPPED:
+        say(f"{run.path}: stopped before its workers had begun; run the same command to go on")
+        return STOPPED
     said = _since(log, before) if code != FINISHED else ""
+    if refused(said):  # of two that start at once, one trains: how that run goes is not for this process to write down
+        raise RunError(refused(said))
     why = cause(said, memory_kills() - kills) if code != FINISHED else None
     return _ended(run, log, code, status, time.monotonic() - launched, why, seen_from_here(said))
 
 
-def check_training(recipe: Recipe) -> None:
-    """Look at all that can be looked at before a machine is asked for: the run directory, the data, the base. Raises UserError."""
+def check_training(recipe: Recipe, asked: Topology = ANY, *, fresh: bool = False) -> None:
+    """Look at all that can be looked at before a machine is asked for: options, run directory, data, base. Raises UserError."""
+    if fresh:
+        raise RunError(f"--fresh: {NOT_ANEW.format('in a job')}")
+    check_options(asked)
     run = RunDirectory(recipe.run_dir)
     wait_until_free(run.path, say)
     if not _is_finished(recipe, run, run.status()):
@@ -97,9 +106,8 @@ def prepare_for_training(recipe: Recipe, elsewhere: bool) -> None:
 
 def refuse_fresh(asked: Topology) -> None:
     """Raise RunError where --fresh would do harm: in a job that may be requeued, or on several nodes at once."""
-    where = "in a SLURM job, which would begin anew each time it is requeued" if slurm.job() else "on several nodes, each of which would"
     if slurm.job() or asked.nodes:
-        raise RunError(f"--fresh: not {where}; set run.dir=... for a new run, or move the old one away yourself")
+        raise RunError(f"--fresh: {NOT_ANEW.format('in a SLURM job' if slurm.job() else 'on several nodes')}")
 
 
 def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes: int | None = None) -> dict[str, Any]:

@@ -12,11 +12,9 @@ set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
-set -a
 site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
 # shellcheck source=/dev/null
-if [[ -f "$site" ]]; then . "$site"; fi
-set +a
+if [[ -f "$site" ]]; then set -a +u; . "$site"; set +a -u; fi
 read -ra container <<<"${CONTAINER:-}"
 
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then

@@ -16,11 +16,9 @@ set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
-set -a
 site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
 # shellcheck source=/dev/null
-if [[ -f "$site" ]]; then . "$site"; fi
-set +a
+if [[ -f "$site" ]]; then set -a +u; . "$site"; set +a -u; fi
 read -ra container <<<"${CONTAINER:-}"
 
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
@@ -39,16 +37,15 @@ if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CP
 srun --kill-on-bad-exit=0 --wait=120 ${container[@]+"${container[@]}"} mistral-dist train "$@" &
 run=$!
 cancelled=
-trap 'echo "$(date +%FT%T) USR1: the run is asked to save and stop"; kill -USR1 "$run" 2>/dev/null' USR1
-trap 'cancelled=yes' TERM # scancel reaches the run by itself
+trap 'trapped=yes; echo "$(date +%FT%T) USR1: the run is asked to save and stop"; kill -USR1 "$run" 2>/dev/null' USR1
+trap 'trapped=yes; cancelled=yes' TERM # scancel reaches the run by itself
 # bash runs a trap only while it waits, and that ends the wait: wait again for the run itself
-wait "$run"; code=$?
-while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done
+while trapped=; wait "$run"; code=$?; [[ -n "$trapped" ]]; do :; done
 
 # only now, after the save, may the job go back: a requeue ends everything that still runs
 if [[ $code -eq 85 && -z "$cancelled" ]]; then
     if [[ ${SLURM_RESTART_COUNT:-0} -ge ${MAX_RESTARTS:-20} ]]; then
-        echo "went back into the queue ${SLURM_RESTART_COUNT} times (MAX_RESTARTS); submit the same line again to go on"
+        echo "went back into the queue ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS); submit the same line again to go on"
     elif ! scontrol requeue "$SLURM_JOB_ID"; then
         echo "this cluster does not let the job go back into the queue; submit the same line again to go on"
     fi

@@ -17,6 +17,8 @@ os.environ["MISTRAL_DIST_CACHE"] = tempfile.mkdtemp(prefix="mistral-dist-tests-"
 from mistral_dist.runtime.process import quiet_libraries
 from tests import fault_table
 
+for name in [name for name in os.environ if name.startswith("SLURM_")]:  # where the tests run is of no account to them
+    del os.environ[name]
 quiet_libraries()
 atexit.register(shutil.rmtree, os.environ["MISTRAL_DIST_CACHE"], ignore_errors=True)
 

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "mistral_dist.cli"]
-LIMIT = 300
+LIMIT = 600
 """Seconds after which something hangs."""
 STAGES = [pytest.param(zero, marks=pytest.mark.matrix) if zero != 2 else zero for zero in (0, 1, 2, 3)]
 """For `parametrize`: ZeRO-2 in every test run, the others in `make faults`."""

@@ -23,6 +23,12 @@ def seen_from_here(log: str) -> str | None:
     return found and found[1]
 
 
+def refused(log: str) -> str:
+    """What workers said that found another process in their run directory; empty where they did not."""
+    found = re.search(r"^error: (.+: in use by .+)$", log, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def cause(log: str, kills: int = 0) -> str | None:
     """What ended the workers, from the log of their launch; None where nothing is recognised.
 

@@ -60,6 +60,8 @@ class Control:
         """A collective: makes the group. All ranks then call `check` and `agree` in the same order."""
         self._stop, self.deadline = stop, deadline
         self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        self._asked = False
+        """Whether this rank was asked, or all have agreed: that does not change any more."""
         self._pending: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
 
     def check(self, save: float | None = None, saves: int = 1) -> None:
@@ -82,14 +84,15 @@ class Control:
 
     def is_asked(self, save: float | None = None, saves: int = 1) -> bool:
         """Whether this rank was asked, by a signal or by the clock."""
-        return self._stop.signal is not None or self.deadline.is_over(save, saves)
+        self._asked = self._asked or self._stop.signal is not None or self.deadline.is_over(save, saves)
+        return self._asked
 
     def finish(self) -> None:
         """Read what is still on its way, before the group is destroyed. A request that came so late finds the run at its end."""
         self._read()
 
     def _post(self, save: float | None, saves: int) -> None:
-        asked = TIME_IS_OVER if self.deadline.is_over(save, saves) else 0
+        asked = TIME_IS_OVER if self.is_asked(save, saves) else 0
         if self._stop.signal is not None:
             asked = TIME_IS_OVER + int(self._stop.signal)
         flag = torch.tensor([asked], dtype=torch.int32)
@@ -108,6 +111,7 @@ class Control:
 
     def _refuse(self, asked: int) -> None:
         if asked:
+            self._asked = True
             raise StopAgreed(
                 "by train.max_seconds" if asked == TIME_IS_OVER else f"on request ({signal.Signals(asked - TIME_IS_OVER).name})"
             )

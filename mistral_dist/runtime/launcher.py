@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from mistral_dist.errors import FAILED
+from mistral_dist.errors import FAILED, STOPPED
 from mistral_dist.runtime import process
 from mistral_dist.runtime.nodes import Nodes, interface
 
@@ -82,7 +82,8 @@ def threads_per_process(processes: int) -> int:
 
 
 def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], None], started: float | None = None) -> int:
-    """Run a line to its end, its output in `log`; return its exit code (0 or not, see Accelerate).
+    """Run a line to its end, its output in `log`; return its exit code (0 or not, see Accelerate), STOPPED where a stop came before
+    there were workers.
 
     `started`: when the user asked for it, on the monotonic clock; train.max_seconds counts from there. `tick` is called several
     times a second. A stop signal goes on to the workers, once, and `say` is told; they save and end by themselves.
@@ -122,11 +123,14 @@ def _wait(
     agent: "subprocess.Popen[bytes]", line: Line, stop: process.StopRequest, tick: Callable[[], None], say: Callable[[str], None]
 ) -> int:
     asked: set[int] = set()
-    told = False
+    told = has_begun = False
     while agent.poll() is None:
+        has_begun = has_begun or bool(_descendants(agent.pid))
         if stop.signal is not None:
             if not line.saves:
                 return FAILED
+            if not has_begun:  # the agent waits for other nodes, which may take minutes
+                return STOPPED
             if not told:
                 told = True
                 say(f"{stop.signal.name}: stopping; the workers leave the step, or end the stage of loading, that they are in, and save")

@@ -46,8 +46,13 @@ def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | N
     `main` is HOST or HOST:PORT, of node 0. Raises RecipeError where something is missing or cannot be.
     """
     task = slurm.task()
+    if task is not None and task.tasks != task.nodes:
+        raise RecipeError(
+            f"SLURM started {task.tasks} tasks on {task.nodes} node{'s'[: task.nodes > 1]}; each node needs one, which starts all its"
+            " workers: srun --ntasks-per-node=1"
+        )
     if count is None and task is not None and task.nodes > 1:
-        return _of_step(task, main)
+        return Nodes(task.nodes, task.node, *_host_and_port(main or f"{slurm.first_node(task)}:{slurm.port(task)}"))
     if count is None and (rank is not None or main):
         raise RecipeError("--node-rank and --main-address go with --nodes, the number of machines; without it there is one")
     if count is None or count == 1:
@@ -91,15 +96,6 @@ def _is_name(host: str) -> bool:
         ipaddress.ip_address(host)
         return False
     return host != "localhost"
-
-
-def _of_step(task: slurm.Task, main: str | None) -> Nodes:
-    if task.tasks != task.nodes:
-        raise RecipeError(
-            f"SLURM started {task.tasks} tasks on {task.nodes} nodes; each node needs one, which starts all its workers:"
-            " srun --ntasks-per-node=1"
-        )
-    return Nodes(task.nodes, task.node, *_host_and_port(main or f"{slurm.first_node(task)}:{slurm.port(task)}"))
 
 
 def _host_and_port(main: str) -> tuple[str, int]:

@@ -72,7 +72,12 @@ def _identity(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     started = rest[18]  # field 22 of proc(5): clock ticks from boot to start
-    return None if state in "ZX" else f"{pid}:{started}:{BOOT.read_text().strip()[:8]}"
+    return None if state in "ZX" else f"{pid}:{started}:{boot()}"
+
+
+def boot() -> str:
+    """Which start of this machine it is: 8 hex digits."""
+    return BOOT.read_text().strip()[:8]
 
 
 def launched() -> float:

@@ -383,6 +383,26 @@ threading.Thread(target=starve, daemon=True).start()
 # because one never comes
 
 
+@pytest.mark.fault("a stop signal while machines wait for each other", "stopped at once, exit code 85", zero=(2,))
+def test_asked_before_the_others_have_come_a_node_leaves_at_once(recipe: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = tmp_path / "run"
+    words = [*COMMAND, "train", str(recipe), f"run.dir={run}", "--nodes=2", "--node-rank=0", f"--main-address=127.0.0.1:{port}"]
+    started = subprocess.Popen([*words, "--processes=1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: (run / "log.txt").is_file() and workers(run), started)  # the agent
+        time.sleep(8)  # for torchrun to wait for the other
+        started.send_signal(signal.SIGINT)
+        assert started.wait(30) == 85
+        assert "stopped before its workers had begun" in started.communicate()[0]
+    finally:
+        kill(started.pid)
+        started.communicate()
+    assert_nobody_left(run)
+
+
 @pytest.mark.fault("a machine that does not come, an address where nobody answers", "told in bounded time", zero=(0,))
 @pytest.mark.parametrize(
     ("rank", "words"),

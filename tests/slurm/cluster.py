@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 NODES = ("n1", "n2")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
+"""States of a job that do not change any more. Not NODE_FAIL and PREEMPTED, from which it may be requeued."""
 UP = 30.0
 """Seconds that the daemons have to come up."""
 
@@ -78,10 +80,16 @@ class Cluster:
 
     def wait_for(self, id: str, *states: str, seconds: float = 300.0) -> dict[str, str]:
         """The job once it is in one of the states. Fails where it ends in another."""
-        return waited(lambda: found if (found := self.job(id))["JobState"] in states else None, seconds, lambda: str(self.job(id)))
+
+        def found() -> dict[str, str] | None:
+            job = self.job(id)
+            assert job["JobState"] in states or job["JobState"] not in ENDED, job
+            return job if job["JobState"] in states else None
+
+        return waited(found, seconds, lambda: str(self.job(id)))
 
 
-def waited(condition: Callable[[], T], seconds: float, told: Callable[[], str] = str) -> T:
+def waited(condition: Callable[[], T | None], seconds: float, told: Callable[[], str] = str) -> T:
     """What a condition gives as soon as it gives something."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -3,7 +3,6 @@
 Each node has one CPU process; ZeRO-2 shards over the two.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,11 +53,11 @@ def submit(cluster: Cluster, recipe: Path, tmp_path: Path) -> Callable[..., tupl
     site = tmp_path / "site.env"
     site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
 
-    def submit(*words: str) -> tuple[str, Path]:
+    def submit(*words: str, **more: str) -> tuple[str, Path]:
         run = tmp_path / "run"
         job = cluster.submit(
             "--nodes=2", f"--output={tmp_path}/job-%j.log", *words, SCRIPT, recipe, f"run.dir={run}", "--processes", "1",
-            SITE_ENV=str(site), **SLOWLY,
+            SITE_ENV=str(site), **SLOWLY, **more,
         )  # fmt: skip
         return job, run
 
@@ -131,14 +130,14 @@ def test_whatever_happens_it_goes_on_by_itself(
 
 
 def test_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
-    """A minute of which the last 25 seconds are kept for the save: the run takes several turns."""
-    job, run = submit("--time=1", "--signal=B:USR1@25")
+    """Two minutes of which the last 90 seconds are kept for the save: the run takes several turns. A signal may come a minute early."""
+    job, run = submit("--time=2", "--signal=B:USR1@90")
     found = cluster.wait_for(job, "COMPLETED", seconds=400)
     restarts = int(found["Restarts"])
     assert restarts >= 1, "it was faster than its limit; this machine needs more steps"
     assert_finished(cluster, job, run, undisturbed, restarts)
     assert log_of(run, job).count("USR1: the run is asked to save and stop") >= restarts, "once more, where it came to the finished run"
-    assert status(run)["launches"] == restarts + 1
+    assert 2 <= status(run)["launches"] <= restarts + 1, "a turn that is over while it is loading does not count"
     assert "stopping on request (SIGUSR1)" in (run / "log.txt").read_text()
 
 
@@ -160,23 +159,19 @@ def test_cancelled_it_stays_stopped_until_it_is_submitted_again(
 
 
 def test_a_job_that_may_go_on_no_more_says_so(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
-    os.environ["MAX_RESTARTS"] = "0"
-    try:
-        job, run = submit()
-    finally:
-        del os.environ["MAX_RESTARTS"]
+    job, run = submit(MAX_RESTARTS="0")
     waited(lambda: made(run) >= 1, 120, lambda: log_of(run, job))
     signal(cluster, job)
     found = cluster.wait_for(job, "FAILED")
     assert (found["ExitCode"], found["Restarts"]) == ("85:0", "0")
-    assert "submit the same line again to go on" in log_of(run, job)
+    assert "went back into the queue 0 times (MAX_RESTARTS); submit the same line again to go on" in log_of(run, job)
     assert status(run)["state"] == "stopped"
 
 
 MISTAKES = {
     "no GPU": ((), "no GPU is visible; ask for some (sbatch --gres=gpu:4 ...), or say with --processes N"),
     "no data": (("data.dir=nowhere", "--processes", "1"), "no prepared data there; run `mistral-dist prepare`"),
-    "begun anew": (("--fresh", "--processes", "1"), "--fresh: not in a SLURM job, which would begin anew each time it is requeued"),
+    "begun anew": (("--fresh", "--processes", "1"), "--fresh: not in a SLURM job, which would begin anew each time it is started again"),
     "two tasks a node": (("--processes", "1"), "SLURM started 4 tasks on 2 nodes; each node needs one"),
 }
 

@@ -15,8 +15,11 @@ from mistral_dist.entry import open_run
 from mistral_dist.errors import DataError, MachineError, RecipeError, RunError, TrainingError
 from mistral_dist.run import Lease, RunDirectory
 from mistral_dist.runtime.causes import cause, seen_from_here
+from mistral_dist.runtime.nodes import Nodes
 from mistral_dist.runtime.process import StopRequest
 from mistral_dist.saver import Saver
+from mistral_dist.topology import Topology
+from tests.conftest import WriteRecipe
 from tests.unit.test_checkpoint import snapshot
 from tests.unit.test_run import RECIPE, foreign
 
@@ -211,3 +214,24 @@ def fail_while_saving(run: RunDirectory, peer: bool) -> None:
     if peer:
         run.set_status("failed", 2, "x.jsonl:7: no JSON")
     raise OSError("Connection closed by peer")
+
+
+def test_of_two_starts_at_once_the_refused_one_leaves_the_others_status_alone(
+    run: RunDirectory, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node that does not write: its workers have met the other one's lease, which this node cannot judge by itself."""
+    recipe = Recipe.load(write_recipe())
+    words = f"{recipe.run_dir}: in use by process 7 on gpu1; wait for it"
+    other = RunDirectory(recipe.run_dir)
+    other.set_status("running", None, "training", step=3)
+
+    def met_another(line: object, log: Path, *_: object) -> int:
+        log.write_text(f"loading\nerror: {words}\nTraceback of torchrun\n")
+        return 1
+
+    monkeypatch.setattr(workflow.launcher, "run", met_another)
+    monkeypatch.setattr(workflow, "prepare_for_training", lambda *_, **__: None)
+    monkeypatch.setattr(workflow.base_cache, "ensure_ahead", lambda *_: None)
+    with pytest.raises(RunError, match="in use by process 7 on gpu1"):
+        workflow.start_training(recipe, [], Topology(processes=1, nodes=Nodes(2, 1, "gpu1", 1)))
+    assert (other.status() or {})["state"] == "running"

@@ -101,6 +101,9 @@ def test_a_node_with_several_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     in_step(monkeypatch, SLURM_STEP_NUM_TASKS="8")
     with pytest.raises(RecipeError, match=r"SLURM started 8 tasks on 2 nodes; .* srun --ntasks-per-node=1"):
         nodes_of(None, None, None)
+    in_step(monkeypatch, SLURM_STEP_NUM_NODES="1", SLURM_STEP_NUM_TASKS="4")
+    with pytest.raises(RecipeError, match="SLURM started 4 tasks on 1 node; each"):
+        nodes_of(None, None, None)
 
 
 def test_a_batch_script_is_no_task_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +196,7 @@ def test_a_config_that_is_none(content: str | None, told: str, tmp_path: Path) -
 
 def test_a_config_of_ones_own_goes_without_nodes() -> None:
     asked = Topology(config=ROOT / "configs/accelerate/multi_node.yaml", nodes=Nodes(2, 0, "gpu1", 1))
-    with pytest.raises(RecipeError, match="--config-file: goes without --nodes"):
+    with pytest.raises(RecipeError, match="--config-file: not on several nodes"):
         training_line(Recipe.load(RECIPE), ["my.yaml"], asked)
 
 
@@ -202,7 +205,7 @@ def test_a_job_that_may_be_requeued_never_begins_anew(monkeypatch: pytest.Monkey
     with pytest.raises(RunError, match="--fresh: not on several nodes"):
         refuse_fresh(Topology(nodes=Nodes(2, 0, "gpu1", 1)))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with pytest.raises(RunError, match="--fresh: not in a SLURM job, which would begin anew each time it is requeued"):
+    with pytest.raises(RunError, match="--fresh: not in a SLURM job, which would begin anew each time it is started again"):
         refuse_fresh(Topology())
 
 

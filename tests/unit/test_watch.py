@@ -402,9 +402,9 @@ def well_after(rank: "subprocess.Popen[str]", folder: Path) -> None:
 def test_a_store_that_answers_late_ends_nobody(store: Store, tmp_path: Path) -> None:
     server, port = store
     with watched(port, tmp_path) as rank:
-        for _ in range(3):
+        for _ in range(4):
             server.send_signal(signal.SIGSTOP)
-            time.sleep(1.2)
+            time.sleep(0.8)
             server.send_signal(signal.SIGCONT)
             time.sleep(0.6)
         well_after(rank, tmp_path)
@@ -641,3 +641,25 @@ def test_the_packs_of_a_batch_are_measured() -> None:
     assert Batch(**collate(rows), ids=((0, ("a", "b")), (2, ("c",)))).packs == [8, 7]
     assert Batch(**collate([]), ids=()).packs == []
     assert json.dumps(Batch(**collate(rows[:1]), ids=((4, ("a",)),)).packs) == "[5]"
+
+
+def test_who_was_asked_stays_asked() -> None:
+    """Also where the time that is kept for a save becomes shorter: the others have been told."""
+    deadline = Deadline(time.monotonic(), 100.0)
+    control = Control(1, StopRequest(), deadline, datetime.timedelta(seconds=1))
+    assert not control.is_asked(save=20.0, saves=1)
+    assert control.is_asked(save=60.0, saves=2)
+    assert control.is_asked(save=1.0, saves=1)
+    with pytest.raises(StopAgreed, match=r"by train\.max_seconds"):
+        control.agree(save=1.0)
+
+
+def test_where_all_have_agreed_each_is_asked() -> None:
+    """So that none of them waits for its data any more."""
+    stop = StopRequest()
+    control = Control(1, stop, Deadline(0.0, None), datetime.timedelta(seconds=1))
+    stop.signal = signal.SIGTERM
+    with pytest.raises(StopAgreed):
+        control.check()
+    stop.signal = None
+    assert control.is_asked()
