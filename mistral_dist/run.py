@@ -293,6 +293,14 @@ def check_free(path: Path) -> None:
         raise RunError(f"{path}: in use by {who}; {FREE_IT}")
 
 
+def check_writable(path: Path) -> None:
+    """Raise RunError where a run directory cannot be made or written to, as far as can be seen without doing so."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    why = "is no folder" if not there.is_dir() else "" if os.access(there, os.W_OK | os.X_OK) else "cannot be written to"
+    if why:
+        raise RunError(f"run.dir: {path}: {there} {why}; set run.dir=... to a place that can be written to")
+
+
 def wait_until_free(path: Path, say: Callable[[str], None]) -> None:
     """Raise RunError, naming the holder, where another process writes in a run directory; remove the lease of one that has ended.
 

@@ -96,7 +96,7 @@ class Session:
         session = cls(recipe, runtime, run, feed)
         session.base = runtime.on_each_machine(lambda: fingerprint(recipe.model))
         attention = choose_attention(recipe.model, runtime.device)
-        data = {f"the data in {feed.place}": feed.fingerprint, "held-out data": feed.held_out}
+        data = {"the data": feed.fingerprint, "held-out data": feed.held_out}
         runtime.refuse_drift({"attention": attention, f"the base {recipe.model.name}": session.base, **data})
         found = session._find_checkpoint()
         ranks = f"{runtime.world_size} x {runtime.device.type}"

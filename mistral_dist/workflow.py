@@ -16,7 +16,7 @@ from mistral_dist.display import evaluating, following, minutes, say, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RunError, TrainingError
 from mistral_dist.files import describe, read_json, remedy
 from mistral_dist.hub import local_path
-from mistral_dist.run import RunDirectory, check_free, check_same, holder, move_aside, wait_until_free
+from mistral_dist.run import RunDirectory, check_free, check_same, check_writable, holder, move_aside, wait_until_free
 from mistral_dist.runtime import launcher, slurm
 from mistral_dist.runtime.causes import cause, memory_kills, refused, seen_from_here
 from mistral_dist.topology import Topology, check_options, evaluation_line, training_line
@@ -46,6 +46,7 @@ def start_training(
     if fresh:
         refuse_fresh(asked)
     line = training_line(recipe, words, asked, module)
+    check_writable(run.path)
     wait_until_free(run.path, say)
     status = None if fresh else run.status()
     if _is_finished(recipe, run, status):
@@ -79,6 +80,7 @@ def check_training(recipe: Recipe, asked: Topology = ANY, *, fresh: bool = False
         raise RunError(f"--fresh: {NOT_ANEW.format('in a job')}")
     check_options(asked)
     run = RunDirectory(recipe.run_dir)
+    check_writable(run.path)
     wait_until_free(run.path, say)
     if not _is_finished(recipe, run, run.status()):
         local_path(recipe.model)

@@ -13,9 +13,17 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
 site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
+trap 'echo "$site, line $LINENO: failed: $BASH_COMMAND" >&2; exit 2' ERR
+set -a +u
 # shellcheck source=/dev/null
-if [[ -f "$site" ]]; then set -a +u; . "$site"; set +a -u; fi
+if [[ -f "$site" ]]; then . "$site"; fi
+set +a -u
+trap - ERR
 read -ra container <<<"${CONTAINER:-}"
+if ! command -v "${container[0]:-mistral-dist}" >/dev/null; then
+    echo "${container[0]:-mistral-dist}: not found; say in $site how a job finds the software (docs/slurm.md)" >&2
+    exit 2
+fi
 
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     sbatch "$0" "$@" && exit

@@ -12,8 +12,11 @@ from mistral_dist.config import Recipe
 from mistral_dist.runtime.watch import VALIDATION
 
 GIB = 2**30
-REFUSED = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""By PyTorch on the CPU; by CUDA and NCCL; by the libraries, which ask for memory of their own at their first call."""
+REFUSED = (
+    *("can't allocate memory", "could not create a primitive"),
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+"""On the CPU: by PyTorch, and by oneDNN for its kernels. On a GPU: by CUDA and NCCL, and by libraries at their first call."""
 
 
 @dataclass(frozen=True)

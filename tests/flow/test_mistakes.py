@@ -11,7 +11,7 @@ import pytest
 
 from mistral_dist.run import Lease, RunDirectory
 from tests.conftest import WriteRecipe
-from tests.launch import ROOT, run_dir
+from tests.launch import ROOT, run_dir, small_disk
 
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 WAYS = {
@@ -19,6 +19,7 @@ WAYS = {
     "single_gpu.sh": [str(ROOT / "launch/single_gpu.sh")],
     "multi_gpu.sh": [str(ROOT / "launch/multi_gpu.sh")],
     "debug.sh": [str(ROOT / "launch/debug.sh")],
+    "multi_node.sh": [str(ROOT / "launch/multi_node.sh"), "--gpus", "1"],
     "slurm": [str(ROOT / "slurm/train.sh")],
 }
 
@@ -72,6 +73,8 @@ def test_a_mistake_is_answered_in_one_line(mistake: str, write_recipe: WriteReci
 @pytest.mark.parametrize("mistake", ["wrong key", "empty split"])
 def test_also_through_the_scripts(way: str, mistake: str, write_recipe: WriteRecipe, tmp_path: Path, texts: list[dict[str, str]]) -> None:
     recipe, words = break_recipe(mistake, write_recipe, tmp_path, texts)
+    if way == "slurm" and mistake == "empty split":
+        words = ["no prepared data there; run `mistral-dist prepare`"]  # which is the login node's to do, and finds the mistake
     line = refused(way, recipe)
     for word in words:
         assert word in line
@@ -131,3 +134,40 @@ def test_a_mistyped_recipe_does_not_wait_for_imports(write_recipe: WriteRecipe) 
     )
     done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout.split() == ["2", "False"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"NODES": "2"}, "--nodes 2: which of them is this machine? Add --node-rank 0"),
+        ({"NODES": "2", "NODE_RANK": "0"}, "--nodes 2: where do they meet? Add --main-address HOST"),
+        ({"NODES": "2", "NODE_RANK": "2", "MAIN_ADDRESS": "gpu1"}, "--node-rank 2: of 2 nodes the last is 1"),
+        (
+            {"NODES": "2", "NODE_RANK": "0", "MAIN_ADDRESS": "gpu1", "GPUS": "3"},
+            "train.global_batch_size=4: cannot be shared by 6 processes",
+        ),
+        ({"NODES": "2", "NODE_RANK": "1", "MAIN_ADDRESS": "gpu1", "GPUS": "1"}, "no prepared data there; run `mistral-dist prepare`"),
+    ],
+)
+def test_what_several_nodes_need_is_asked_for(
+    given: dict[str, str], told: str, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the environment, as a scheduler's script would say it."""
+    for name, value in given.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    monkeypatch.setitem(WAYS, "nodes", [str(ROOT / "launch/multi_node.sh")])
+    assert told in refused("nodes", write_recipe())
+
+
+def test_a_run_directory_that_cannot_be_written(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    line = refused("mistral-dist", write_recipe(), f"run.dir={tmp_path}/file/run")
+    assert f"{tmp_path}/file is no folder; set run.dir=..." in line
+
+
+def test_a_run_directory_on_a_read_only_file_system(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        line = refused("mistral-dist", recipe, f"run.dir={disk}/runs/one")
+    assert f"{disk} cannot be written to; set run.dir=..." in line

@@ -119,6 +119,7 @@ def running(folder: Path) -> Iterator[Cluster]:
     ]
     # what is preempted gets SIGTERM, and a minute to save
     lines += [f"PartitionName=low Nodes={','.join(NODES)} Default=YES PriorityTier=1 GraceTime=60"]
+    lines += [f"PartitionName=paid Nodes={','.join(NODES)} AllowAccounts=team"]
     lines += [f"PartitionName=high Nodes={','.join(NODES)} PriorityTier=10 PreemptMode=OFF"]
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")

@@ -3,6 +3,7 @@
 Each node has one CPU process; ZeRO-2 shards over the two.
 """
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,3 +191,59 @@ def test_a_mistake_is_told_in_one_line_and_ends_the_job_with_2(mistake: str, clu
     assert said
     assert all(told in line for line in said)
     assert "Traceback" not in output.read_text()
+
+
+def submit_by_hand(cluster: Cluster, recipe: Path, site: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """`slurm/train.sh RECIPE` on the login node."""
+    return subprocess.run(
+        [SCRIPT, recipe, *words],
+        env={**cluster.environment, "SITE_ENV": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("module load nosuch", "site.env, line 2: failed: module load nosuch"),
+        ("CONTAINER='nosuch exec image.sif'", "nosuch: not found; say in "),
+        ("SBATCH_PARTITION=paid", "sbatch did not take the job; account, partition, GPUs and time are named in "),
+        ("SBATCH_PARTITION=nosuch", "sbatch did not take the job; account, partition, GPUs and time are named in "),
+    ],
+)
+def test_what_is_wrong_with_the_site_is_told_where_the_job_is_submitted(
+    line: str, told: str, cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n{line}\n')
+    done = submit_by_hand(cluster, recipe, site, f"run.dir={tmp_path}/run")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr.splitlines()[-1]
+    assert str(site) in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--fresh"], "--fresh: not in a job"),
+        (["--offload", "--zero", "1"], "--offload with --zero 1"),
+        (["data.dir=nowhere"], "no prepared data there"),
+        (["model.path=nowhere"], "model.path: nowhere: no model there"),
+        (["optim.learning_rates=1"], "did you mean optim.learning_rate?"),
+    ],
+)
+def test_what_is_wrong_with_the_recipe_is_told_before_a_job_waits_for_hours(
+    words: list[str], told: str, cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    before = cluster.call("squeue", "--noheader", "--states=all")
+    done = submit_by_hand(cluster, recipe, site, f"run.dir={tmp_path}/run", *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert told in line
+    assert cluster.call("squeue", "--noheader", "--states=all") == before

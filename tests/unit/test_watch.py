@@ -566,7 +566,8 @@ def test_memory_in_a_validation_has_remedies_of_its_own() -> None:
 def test_what_is_out_of_memory_and_what_is_not() -> None:
     cpu = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    for error in (torch.OutOfMemoryError("x"), MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError(cpu), cublas):
+    onednn = RuntimeError("could not create a primitive")
+    for error in (torch.OutOfMemoryError("x"), MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError(cpu), cublas, onednn):
         assert is_out_of_memory(error)
     for other in (OSError(28, "No space left on device"), RuntimeError("shape"), ValueError("out of memory")):
         assert not is_out_of_memory(other)
