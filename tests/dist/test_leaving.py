@@ -306,6 +306,7 @@ def test_a_rank_with_other_code_recipe_and_version_is_refused(recipe: Path, tmp_
     assert_nobody_left(run)
 
 
+@pytest.mark.matrix
 @pytest.mark.fault("a machine with other data and another base", "refused at the start, with both fingerprints", zero=(0,))
 def test_a_machine_with_other_data_and_another_base_is_refused(write_recipe: WriteRecipe, small_model: Path, tmp_path: Path) -> None:
     """One example more, and one bit of the weights; in folders of its own. Each of two nodes is a launcher here."""

@@ -58,7 +58,7 @@ def submit(cluster: Cluster, recipe: Path, tmp_path: Path) -> Callable[..., tupl
         run = tmp_path / "run"
         job = cluster.submit(
             "--nodes=2", f"--output={tmp_path}/job-%j.log", *words, SCRIPT, recipe, f"run.dir={run}", "--processes", "1",
-            SITE_ENV=str(site), **SLOWLY, **more,
+            SITE_ENV=str(site), **{**SLOWLY, **more},
         )  # fmt: skip
         return job, run
 
@@ -131,9 +131,9 @@ def test_whatever_happens_it_goes_on_by_itself(
 
 
 def test_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
-    """Two minutes of which the last 90 seconds are kept for the save: the run takes several turns. A signal may come a minute early."""
-    job, run = submit("--time=2", "--signal=B:USR1@90")
-    found = cluster.wait_for(job, "COMPLETED", seconds=400)
+    """A turn has one minute before the signal, or less, since that may come early; the steps alone sleep for 80 seconds."""
+    job, run = submit("--time=2", "--signal=B:USR1@60", **faults.environment(slow={"0": 2.0, "1": 2.0}))
+    found = cluster.wait_for(job, "COMPLETED", seconds=600)
     restarts = int(found["Restarts"])
     assert restarts >= 1, "it was faster than its limit; this machine needs more steps"
     assert_finished(cluster, job, run, undisturbed, restarts)
