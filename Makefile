@@ -27,7 +27,7 @@ test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -W default -m gpu tests/gpu
 
 faults: $(VENV)/installed-dev
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal -m "fault or matrix" --fault-table docs/faults.md tests/dist tests/network
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal -m "fault or matrix" --fault-table docs/faults.md tests/dist tests/network tests/slurm
 
 SEED ?= 0
 KILLS ?= 20

@@ -113,7 +113,7 @@ def signal(cluster: Cluster, job: str) -> None:
     cluster.call("scancel", "--signal=USR1", job)
 
 
-@pytest.mark.parametrize("happens", [signal, preempt, down])
+@pytest.mark.parametrize("happens", [signal, preempt, pytest.param(down, marks=pytest.mark.matrix)])
 def test_whatever_happens_it_goes_on_by_itself(
     happens: Callable[[Cluster, str], None],
     cluster: Cluster,
@@ -159,6 +159,7 @@ def test_cancelled_it_stays_stopped_until_it_is_submitted_again(
     assert_finished(cluster, again, run, undisturbed, restarts=0)
 
 
+@pytest.mark.matrix
 def test_a_job_that_may_go_on_no_more_says_so(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
     job, run = submit(MAX_RESTARTS="0")
     waited(lambda: made(run) >= 1, 120, lambda: log_of(run, job))
