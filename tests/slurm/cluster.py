@@ -52,6 +52,7 @@ MinJobAge=3600
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+EnforcePartLimits=ALL
 """
 
 
