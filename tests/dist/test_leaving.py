@@ -397,10 +397,10 @@ def test_asked_before_the_others_have_come_a_node_leaves_at_once(recipe: Path, t
         time.sleep(8)  # for torchrun to wait for the other
         started.send_signal(signal.SIGINT)
         assert started.wait(30) == 85
-        assert "stopped before its workers had begun" in started.communicate()[0]
     finally:
         kill(started.pid)
-        started.communicate()
+        told = started.communicate()[0]
+    assert "stopped before its workers had begun" in told
     assert_nobody_left(run)
 
 
