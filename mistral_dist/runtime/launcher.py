@@ -125,7 +125,7 @@ def _wait(
     asked: set[int] = set()
     told = has_begun = False
     while agent.poll() is None:
-        has_begun = has_begun or bool(_descendants(agent.pid))
+        has_begun = has_begun or any(_is_worker(child, line) for child in _descendants(agent.pid))
         if stop.signal is not None:
             if not line.saves:
                 return FAILED
@@ -141,6 +141,13 @@ def _wait(
     with contextlib.suppress(OSError):
         tick()
     return agent.returncode
+
+
+def _is_worker(child: psutil.Process, line: Line) -> bool:
+    """Whether a process below the agent is no helper of it."""
+    with contextlib.suppress(psutil.Error):
+        return line.module in child.cmdline()
+    return False
 
 
 def _ask(agent: "subprocess.Popen[bytes]", number: signal.Signals, asked: set[int]) -> None:
