@@ -17,9 +17,11 @@ def test_moments_may_be_gathered_before_the_first_update() -> None:
     """A run may be asked to stop before it, or its first step is not finite."""
     model = torch.nn.Linear(3, 2)
     runtime: Any = Runtime.__new__(Runtime)
-    runtime.rank, runtime._accelerator = (
-        0,
-        SimpleNamespace(prepare=lambda model, optimizer: (model, SimpleNamespace(optimizer=optimizer)), unwrap_model=lambda model: model),
+    runtime.rank, runtime.zero_stage = 0, 0
+    runtime._accelerator = SimpleNamespace(
+        prepare_model=lambda model, evaluation_mode: model,
+        prepare_optimizer=lambda optimizer: SimpleNamespace(optimizer=optimizer),
+        unwrap_model=lambda model: model,
     )
     runtime.prepare(model, build_optimizer(list(model.parameters()), Optim(), fused=False))
     moments = runtime.gather_moments()
