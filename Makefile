@@ -3,7 +3,7 @@
 # make install   the environment alone, in .venv
 # make check     formatting, lint, types, layers
 # make bench     how fast the data are: encoding, the plan, `prepare`; what going on and saving cost (some 10 minutes)
-# make faults    every fault under every ZeRO stage, and what else takes long; writes docs/faults.md (some 50 minutes)
+# make faults    every fault under every ZeRO stage, and what else takes long; writes docs/faults.md (more than an hour)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
 # make test-gpu  the tests that need an NVIDIA GPU (one card, under 10 minutes; figures in build/gpu)

@@ -1,6 +1,6 @@
 """A run that is killed again and again, at random moments, on machines drawn at random, ends as if nothing had happened.
 
-make chaos                      20 kills each, some 15 minutes on 2 cores
+make chaos                      20 kills each, half an hour or more on 2 cores
 make chaos SEED=7 KILLS=50      another draw
 """
 
