@@ -6,7 +6,8 @@
 # make faults    every fault under every ZeRO stage, and what else takes long; writes docs/faults.md (more than an hour)
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
-# make test-gpu  the tests that need an NVIDIA GPU (one card, under 10 minutes; figures in build/gpu)
+# make test-gpu  the tests that need an NVIDIA GPU (figures in build/gpu)
+# make bench-gpu  a Mistral-7B of real size on one NVIDIA GPU: tokens/s and memory (20 GB of disk; build/gpu/card.json)
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
@@ -14,7 +15,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c configs/constraints.txt
 TORCH = torch==2.13.0
 
-.PHONY: demo test install check bench faults chaos real-size test-gpu
+.PHONY: demo test install check bench faults chaos real-size test-gpu bench-gpu
 
 demo: $(VENV)/installed
 	@$(BIN)/mistral-dist demo
@@ -25,6 +26,9 @@ test: $(VENV)/installed-dev check
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -W default -m gpu tests/gpu
+
+bench-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.card
 
 faults: $(VENV)/installed-dev
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal -m "fault or matrix" --fault-table docs/faults.md tests/dist tests/network tests/slurm

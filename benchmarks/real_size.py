@@ -63,17 +63,17 @@ started =""",
 )
 
 
-def make_base(folder: Path, layers: int) -> Path:
-    """Write the base, a layer at a time; return its folder."""
+def make_base(folder: Path, layers: int, device: str = "cpu") -> Path:
+    """Write the base, a layer at a time; its numbers are drawn on a device. Returns its folder."""
     target = folder / "mistral-7b-random"
     if (target / "config.json").is_file():
         return target
     target.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     where: dict[str, str] = {}
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator).cpu()
 
     def write(tensors: dict[str, torch.Tensor], number: int) -> None:
         name = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.launch import ROOT
 
@@ -24,7 +25,9 @@ def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     yield found
     file = ROOT / "build" / "gpu" / "figures.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=2) + "\n")
+    with FileLock(f"{file}.lock"):  # of several processes (pytest -n) each measures something
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps({**before, **found}, indent=2) + "\n")
     request.config.stash[FILE] = file
 
 
