@@ -33,7 +33,9 @@ def scatter_parameters(parameters: Mapping[str, torch.nn.Parameter], optimizer: 
         _scatter_parameter(parameter, _fitting(name, parameter, values))
     kept_whole = getattr(optimizer, "persistent_parameters", [])
     if kept_whole:
-        # ZeRO-3 keeps small parameters whole on every rank, and refreshes them from their parts after each update only
+        # ZeRO-3 keeps small parameters whole on every rank, and gathers none that is there: let go of first, or a run that has gone
+        # back computes its next forward with the adapter that it has left
+        kept_whole[0].partition(kept_whole)
         kept_whole[0].all_gather(kept_whole)
 
 
