@@ -25,6 +25,7 @@ test: $(VENV)/installed-dev check
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed-dev
+	@rm -f build/gpu/figures.json
 	$(BIN)/pytest -W default -m gpu tests/gpu
 
 bench-gpu: $(VENV)/installed-dev
