@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_size import TEXT, make_base
+from benchmarks.real_size import make_base, make_recipe
 
 GLOBAL_BATCH = 8
 """Packs a step."""
@@ -40,34 +40,11 @@ RUNS: list[tuple[str, int, tuple[str, ...]]] = [
 """What it is called, its ZeRO stage, its overrides."""
 
 
-def make_recipe(folder: Path, base: Path, length: int, steps: int) -> Path:
-    """Plain text enough for the steps, in full packs."""
-    words = TEXT.split()
-    rows = [" ".join(words[(n * 7 + k * (1 + n % 5)) % len(words)] for k in range(length)) for n in range(int(1.5 * GLOBAL_BATCH * steps))]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} {row}"}) + "\n" for n, row in enumerate(rows)))
-    recipe = {
-        "version": 1,
-        "task": {"kind": "pretrain"},
-        "data": {
-            "sources": [{"path": str(folder / "texts.jsonl")}],
-            "dir": str(folder / "data"),
-            "max_length": length,
-            "near_duplicates": None,
-        },
-        "model": {"name": "benchmark/mistral-7b-random", "path": str(base)},
-        "train": {"steps": steps, "global_batch_size": GLOBAL_BATCH},
-        "checkpoint": {"save_steps": steps},
-        "run": {"dir": str(folder / "run")},
-    }
-    (folder / "card.yaml").write_text(json.dumps(recipe))
-    return folder / "card.yaml"
-
-
 def measure(name: str, recipe: Path, zero: int, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Train once; a line of the table."""
     run = recipe.parent / "runs" / name.replace(" ", "-").replace(",", "")
     started = time.perf_counter()
-    words = ["train", str(recipe), f"run.dir={run}", *overrides, "--processes", "1", "--zero", str(zero)]
+    words = ["train", str(recipe), f"run.dir={run}", "checkpoint.save_steps=1000", *overrides, "--processes", "1", "--zero", str(zero)]
     done = subprocess.run([sys.executable, "-m", "mistral_dist.cli", *words], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
@@ -106,7 +83,9 @@ def main() -> None:
         print(f"{'writing the base':<34}{time.perf_counter() - started:>8.1f} s", flush=True)
         if asked.only == "make":
             return
-        recipe = make_recipe(asked.folder, base, asked.length, asked.steps)
+        # two rows fill a pack, but for the tokens around them; a longer row would be halved, and its packs half full
+        words, rows = asked.length // 2 - 16, 3 * GLOBAL_BATCH * asked.steps
+        recipe = make_recipe(asked.folder, base, length=asked.length, rows=rows, words=words, steps=asked.steps, packs=GLOBAL_BATCH)
         for name, zero, overrides in RUNS:
             found[name] = measure(name, recipe, zero, overrides)
     finally:

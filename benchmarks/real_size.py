@@ -116,22 +116,22 @@ def _config(target: Path, layers: int) -> None:
     config.save_pretrained(target)
 
 
-def make_recipe(folder: Path, base: Path) -> Path:
-    """Three steps of one pack of 256 tokens on each of two ranks, from plain text."""
-    words = TEXT.split()
-    rows = [" ".join(words[(n * 7 + k * (1 + n % 5)) % len(words)] for k in range(400)) for n in range(40)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} {row}"}) + "\n" for n, row in enumerate(rows)))
+def make_recipe(folder: Path, base: Path, *, length: int = 256, rows: int = 40, words: int = 400, steps: int = 3, packs: int = 2) -> Path:
+    """So many steps of so many packs of `length` tokens, from rows of plain text of so many words."""
+    text = TEXT.split()
+    bodies = [" ".join(text[(n * 7 + k * (1 + n % 5)) % len(text)] for k in range(words)) for n in range(rows)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{n} {body}"}) + "\n" for n, body in enumerate(bodies)))
     recipe = {
         "version": 1,
         "task": {"kind": "pretrain"},
         "data": {
             "sources": [{"path": str(folder / "texts.jsonl")}],
             "dir": str(folder / "data"),
-            "max_length": 256,
+            "max_length": length,
             "near_duplicates": None,
         },
         "model": {"name": "benchmark/mistral-7b-random", "path": str(base)},
-        "train": {"steps": 3, "global_batch_size": 2},
+        "train": {"steps": steps, "global_batch_size": packs},
         "checkpoint": {"save_steps": 2, "save_total_limit": 1},
         "run": {"dir": str(folder / "run")},
     }
