@@ -26,7 +26,8 @@ test: $(VENV)/installed-dev check
 
 test-gpu: $(VENV)/installed-dev
 	@rm -f build/gpu/figures.json
-	$(BIN)/pytest -W default -m gpu tests/gpu
+	$(BIN)/pytest -W default -m gpu -n 4 --dist loadgroup -k "not speed" tests/gpu
+	$(BIN)/pytest -W default -m gpu -k speed tests/gpu
 
 bench-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.card

@@ -30,10 +30,10 @@ PARAMETERS = 7.11e9
 FLASH, SDPA = "model.attention=flash_attention_2", "model.attention=sdpa"
 RUNS: list[tuple[str, int, tuple[str, ...]]] = [
     ("flash-attn", 0, (FLASH, "train.micro_batch_size=1")),
-    ("SDPA", 0, (SDPA, "train.micro_batch_size=1")),
     ("flash-attn, 8 packs at a time", 0, (FLASH, "train.micro_batch_size=8")),
     ("flash-attn, ZeRO-3", 3, (FLASH, "train.micro_batch_size=1")),
     ("flash-attn, auto", 0, (FLASH, "train.micro_batch_size=auto")),
+    ("SDPA", 0, (SDPA, "train.micro_batch_size=1")),
     ("flash-attn, ZeRO-2", 2, (FLASH, "train.micro_batch_size=1")),
     ("flash-attn, nothing recomputed", 0, (FLASH, "train.micro_batch_size=1", "train.gradient_checkpointing=false")),
 ]

@@ -1,11 +1,12 @@
 """What only NVIDIA GPUs can show: on one card, and a little on two. Skipped, with the reason, where there are none; unproven until it ran.
 
-    make test-gpu        some twenty launches and a few small models: some 10 minutes
+    make test-gpu        some twenty launches and a few small models, four groups side by side, then the speeds alone: some 10 minutes
 
 Memory and tokens/s go to build/gpu/figures.json, which is named at the end. Not here: two ranks on one card. NCCL refuses a
 card twice, and gloo has neither the reduce-scatter nor the all-gather of GPU tensors that ZeRO needs.
 """
 
+import functools
 import re
 import signal
 import time
@@ -135,45 +136,48 @@ DTYPES = {"float32": [], "bfloat16": ["model.dtype=bfloat16", "train.gradient_ch
 
 
 @pytest.fixture(scope="module")
-def without_zero(
-    recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, list[float]]]:
-    """A recipe in float32, and in each dtype the losses of its 20 steps on one card without ZeRO."""
-    folder = tmp_path_factory.mktemp("zero")
-    recipe = recipe_writer(folder)(train={"steps": 20, "global_batch_size": 4})
+def recipe(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps in float32."""
+    recipe = recipe_writer(tmp_path_factory.mktemp("zero"))(train={"steps": 20, "global_batch_size": 4})
     assert mistral_dist("prepare", recipe).returncode == 0
-    return recipe, {dtype: losses(train(recipe, folder / dtype, *words, processes=1, zero=0)) for dtype, words in DTYPES.items()}
+    return recipe
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.fixture(scope="module")
+def without_zero(recipe: Path) -> Callable[[str], list[float]]:
+    """By dtype, the losses of those steps on one card without ZeRO."""
+    return functools.cache(lambda dtype: losses(train(recipe, recipe.parent / dtype, *DTYPES[dtype], processes=1, zero=0)))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=pytest.mark.xdist_group(dtype)) for dtype in DTYPES])
 @pytest.mark.parametrize("zero", [1, 2, 3, "2+offload", "3+offload"])
 def test_zero_on_one_card_learns_what_no_zero_learns(
-    without_zero: tuple[Path, dict[str, list[float]]], tmp_path: Path, zero: int | str, dtype: str
+    recipe: Path, without_zero: Callable[[str], list[float]], tmp_path: Path, zero: int | str, dtype: str
 ) -> None:
-    recipe, alone = without_zero
-    shared = losses(train(recipe, tmp_path / "shared", *DTYPES[dtype], processes=1, zero=zero))
+    alone, shared = without_zero(dtype), losses(train(recipe, tmp_path / "shared", *DTYPES[dtype], processes=1, zero=zero))
     if dtype == "float32":
-        assert shared == pytest.approx(alone[dtype], rel=0, abs=1e-3)
+        assert shared == pytest.approx(alone, rel=0, abs=1e-3)
     else:
-        assert len(shared) == len(alone[dtype])
-        assert shared[0] == pytest.approx(alone[dtype][0], rel=5e-3, abs=1e-3)
-        assert sum(shared) == pytest.approx(sum(alone[dtype]), rel=0.02)
+        assert len(shared) == len(alone)
+        assert shared[0] == pytest.approx(alone[0], rel=5e-3, abs=1e-3)
+        assert sum(shared) == pytest.approx(sum(alone), rel=0.02)
 
 
 two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
 
 @two_cards
+@pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_two_cards_learn_what_one_learns(without_zero: tuple[Path, dict[str, list[float]]], tmp_path: Path, zero: int) -> None:
-    recipe, alone = without_zero
+def test_two_cards_learn_what_one_learns(recipe: Path, without_zero: Callable[[str], list[float]], tmp_path: Path, zero: int) -> None:
     shared = losses(train(recipe, tmp_path / "shared", processes=2, zero=zero))
-    assert shared == pytest.approx(alone["float32"], rel=0, abs=1e-3)
+    assert shared == pytest.approx(without_zero("float32"), rel=0, abs=1e-3)
 
 
 @two_cards
-def test_a_stop_signal_to_one_worker_stops_both_cards(without_zero: tuple[Path, dict[str, list[float]]], tmp_path: Path) -> None:
-    recipe, run = without_zero[0], tmp_path / "run"
+@pytest.mark.xdist_group("float32")
+def test_a_stop_signal_to_one_worker_stops_both_cards(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     with training(recipe, run, "train.steps=200", "train.epochs=12", until=3) as started:
         workers_of(started.pid)[1].send_signal(signal.SIGTERM)
         assert started.wait(120) == 85
@@ -181,7 +185,7 @@ def test_a_stop_signal_to_one_worker_stops_both_cards(without_zero: tuple[Path, 
 
 
 def test_a_killed_deterministic_run_ends_with_the_same_bits(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 200, "epochs": 12, "global_batch_size": 4, "deterministic": True})
+    recipe = write_recipe(model={"dtype": "bfloat16"}, train={"steps": 60, "epochs": 4, "global_batch_size": 4, "deterministic": True})
     assert mistral_dist("prepare", recipe).returncode == 0
     wanted, run = train(recipe, tmp_path / "straight", processes=1, zero=2), tmp_path / "killed"
     with training(recipe, run, until=8, processes=1, zero=2) as started:
@@ -189,7 +193,7 @@ def test_a_killed_deterministic_run_ends_with_the_same_bits(write_recipe: WriteR
     wait_for(lambda: not workers(run))
     resume(recipe, run, processes=1, zero=2)
     assert metrics(run) == metrics(wanted)
-    for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-200/optimizer.safetensors"):
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/checkpoint-60/optimizer.safetensors"):
         assert (run / file).read_bytes() == (wanted / file).read_bytes(), file
 
 
@@ -218,6 +222,7 @@ def needs_room() -> None:
         pytest.skip("the card has less than 8 GiB")
 
 
+@pytest.mark.xdist_group("memory")
 def test_no_memory_is_explained(heavy: Path, tmp_path: Path) -> None:
     needs_room()
     run = tmp_path / "run"
@@ -230,6 +235,7 @@ def test_no_memory_is_explained(heavy: Path, tmp_path: Path) -> None:
         assert part in told
 
 
+@pytest.mark.xdist_group("memory")
 def test_the_largest_micro_batch_that_fits_is_found(heavy: Path, tmp_path: Path, figures: Figures) -> None:
     """On a card of 5 GiB, then on all of this one; the run goes through with it, and learns what one pack at a time learns."""
     needs_room()
