@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from mistral_dist.runtime.process import StopRequest, die_with_launcher
+from mistral_dist.runtime.process import StopRequest, die_with_launcher, environment
 
 STOP = StopRequest()
 if __name__ == "__main__":
@@ -190,8 +190,8 @@ def join(recipe: Recipe, stop: StopRequest) -> Runtime:
     """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
     try:
         runtime = Runtime(recipe, stop)
-        sharding = {"the sharding": runtime.sharding}
-        runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **sharding, **versions(), **recipe_facts(recipe)})
+        launch = {"the sharding": runtime.sharding, "--nodes": environment("GROUP_WORLD_SIZE", "1")}  # torchrun's word for it
+        runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **launch, **versions(), **recipe_facts(recipe)})
         return runtime
     except Exception as error:
         with suppress(OSError, RunError):  # a lease that cannot be read may be another's

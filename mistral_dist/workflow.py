@@ -191,7 +191,7 @@ def _ended(
     if log == run.log:
         check_free(run.path)  # of two that start at once, one trains, and the other's workers have been refused
     elif seen is None:  # what was seen here has been noted
-        _wait_for_first(run)
+        _wait_for_first(run, before)
     status = run.status()
     if status is None or status["state"] == "running" or (status == before and code != 0):
         status = _fail(run, why or "the workers ended without a word (killed, or out of memory?)")
@@ -208,10 +208,10 @@ def _ended(
     return FINISHED if status["state"] == "finished" else STOPPED
 
 
-def _wait_for_first(run: RunDirectory) -> None:
-    """On another node than the first: give that, which writes, a moment to say how the run ended."""
+def _wait_for_first(run: RunDirectory, before: dict[str, Any] | None) -> None:
+    """On another node than the first: give that, which writes, a moment to say how the run ended. `before`: what was said before it."""
     end = time.monotonic() + launcher.GRACE
-    while holder(run.path) is not None and time.monotonic() < end:
+    while (holder(run.path) is not None or run.status() == before) and time.monotonic() < end:
         time.sleep(0.5)
 
 

@@ -105,7 +105,8 @@ def training(
     finally:
         for process in [started.pid, *(child.pid for child in workers(run))]:
             kill(process)
-        started.communicate()
+        if started.stdout is not None and not started.stdout.closed:  # by who waited for it in vain
+            started.communicate()
 
 
 def losses_so_far(run: Path) -> list[str]:

@@ -84,7 +84,12 @@ def _machine_missing(log: str, _kills: int) -> str | None:
     if found is None:
         return None
     came = f"only {found[2]} of {found[3]} nodes came within {found[1]} s"
-    return f"{came}; start the same command on all of them, each with its own --node-rank"
+    return f"{came}; start the same command on all of them, with the same --nodes, each with its own --node-rank"
+
+
+def _not_begun(log: str, _kills: int) -> str | None:
+    found = re.search(r"wait timeout after (\d+)ms, keys: \S*assigned_ranks", log)
+    return found and f"node 0 has not begun for {int(found[1]) // 1000} s: it waits for another node, or does not answer any more"
 
 
 def _nobody_there(log: str, _kills: int) -> str | None:
@@ -105,6 +110,7 @@ CAUSES: tuple[Callable[[str, int], str | None], ...] = (
     _watched,
     _ended_by_signal,
     _machine_missing,
+    _not_begun,
     _nobody_there,
     _port_in_use,
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -106,6 +107,7 @@ def test_stop_signals_save_and_the_next_launch_goes_on(
     assert_same_run(run, never_stopped(zero))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.fault(
     "a stop signal to one worker after the first step, in the middle of one, at an epoch's end, in the last forward of all",
@@ -421,6 +423,28 @@ def test_a_machine_that_does_not_come_is_told_in_bounded_time(rank: int, words: 
     assert done.returncode == 1, done.stdout + done.stderr
     assert words in status(run)["message"]
     assert not workers(run)
+
+
+@pytest.mark.fault("nodes that were told different numbers of nodes", "told in bounded time, before a model is loaded", zero=(0,))
+@pytest.mark.parametrize(
+    ("counts", "code", "words"),
+    [((2, 3), 2, r"rank 1 on \S+: --nodes is 3 \(on rank 0: 2\)"), ((3, 2), 1, r"only 2 of 3 nodes came within \d+ s")],
+)
+def test_nodes_that_count_each_other_differently(counts: tuple[int, int], code: int, words: str, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["train", recipe, f"run.dir={run}", "--processes", "1", "--zero", "0", "--main-address", f"127.0.0.1:{free_port()}"]
+    with ThreadPoolExecutor(2) as both:
+        nodes = [
+            both.submit(mistral_dist, *command, "--nodes", str(count), "--node-rank", str(rank), MISTRAL_DIST_JOIN_SECONDS="10")
+            for rank, count in enumerate(counts)
+        ]
+        ended = [node.result() for node in nodes]
+    for done in ended:
+        assert done.returncode == code, done.stdout + done.stderr
+        assert re.search(words, " ".join((done.stdout + done.stderr).split())), done.stdout + done.stderr
+    assert re.search(words, status(run)["message"])
+    assert "loading the model" not in (run / "log.txt").read_text()
+    assert_nobody_left(run)
 
 
 @pytest.mark.fault("the port where the nodes meet is in use", "told at once, with the port", zero=(0,))

@@ -168,6 +168,7 @@ def assert_goes_on_to_the_same_bits(recipe: Path, overrides: Sequence[str], want
     assert metrics(run) == metrics(wanted)
 
 
+@pytest.mark.matrix
 def test_layers_trained_whole_are_the_same_under_every_stage_and_through_a_kill(recipe: Path, untied_model: Path, tmp_path: Path) -> None:
     overrides = [f"model.path={untied_model}", "lora.modules_to_save=[lm_head, embed_tokens]", "model.dtype=float32"]
     runs = {zero: train(recipe, tmp_path / f"zero{zero}", *overrides, processes=2 if zero else 1, zero=zero) for zero in range(4)}

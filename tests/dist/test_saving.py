@@ -25,6 +25,7 @@ def names(run: Path) -> set[str]:
     return {re.sub(r"-[0-9a-f]{8}$", "", path.name) for path in (run / "checkpoints").iterdir()}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.fault("SIGKILL inside a save: five points of it", "the newest whole checkpoint is used; the same bits")
 def test_killed_inside_a_save_it_uses_what_is_whole(
@@ -52,6 +53,7 @@ def test_killed_inside_a_save_it_uses_what_is_whole(
     assert_same_run(run, never_killed(zero))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.fault("a full disk", "the training goes on, and saves when there is room; only the last save must succeed")
 def test_a_full_disk_does_not_end_the_training_until_the_last_moment(zero: int, write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -600,6 +600,11 @@ Root Cause (first observed failure):
             ["only 1 of 2 nodes came within 13 s"],
         ),
         (
+            "DistStoreError: wait timeout after 10000ms, keys: /none/torchelastic/assigned_ranks/1",
+            0,
+            ["node 0 has not begun for 10 s"],
+        ),
+        (
             "The client socket has timed out after 12000ms while trying to connect to (10.0.0.1, 29500).",
             0,
             ["nobody answers at 10.0.0.1, port 29500, for 12 s", "node 0"],
