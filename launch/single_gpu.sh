@@ -5,4 +5,4 @@
 set -euo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec grep '^# ' "$0"; fi
 if [[ $# -eq 0 ]]; then grep '^# ' "$0" >&2; exit 2; fi
-exec mistral-dist train --gpus 1 "$@"
+exec mistral-dist train --processes 1 "$@"

@@ -204,9 +204,12 @@ def _dtype(model: Model) -> str:
 
 
 def _files(base: Path) -> dict[str, Path]:
-    """The files that decide what a base is; where its weights are not in safetensors, all that may hold some."""
+    """The files that decide what a base is: weights, configuration, and code of its own, where it brings some.
+
+    Where the weights are not in safetensors, all that may hold some.
+    """
     weights = weight_files(base) or {file.name: file for file in sorted(base.iterdir()) if file.suffix in OTHER_WEIGHTS}
-    return {"config.json": base / "config.json", **weights}
+    return {"config.json": base / "config.json", **weights, **{file.name: file for file in sorted(base.glob("*.py"))}}
 
 
 def _stamps(base: Path) -> dict[str, list[int]]:

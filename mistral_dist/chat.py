@@ -6,14 +6,12 @@ from typing import Any
 import torch
 import transformers
 
+from mistral_dist.answers import MODELS, as_model, label_row, label_scores, write_answers
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import Message
-from mistral_dist.evaluate import MODELS, as_model, label_row, label_scores
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
-
-MAX_NEW_TOKENS = 512
 
 
 class Chat:
@@ -29,29 +27,18 @@ class Chat:
         """Probability of each label, base and tuned: the labels' likelihoods, normalised over the labels."""
         row = label_row([self.encoder.candidates(text)])
         labels = self.recipe.task.labels
-        result = {}
+        result: dict[str, dict[str, float]] = {}
         for name in MODELS:
             with as_model(self.model, name):
                 scores = label_scores(self.model, row, 1, len(labels), self.device)[0]
             result[name] = dict(zip(labels, scores.softmax(0).tolist(), strict=True))
         return result
 
-    @torch.no_grad()
     def reply(self, turns: Sequence[Message], streamer: Any = None) -> str:
         """The tuned model's greedy answer to a conversation (pretrain: the continuation of the last turn's text)."""
-        ids = self.encoder.prompt(turns)
-        prompt = torch.tensor([ids], device=self.device)
-        output = self.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=self.encoder.tokenizer.eos_token_id,
-            pad_token_id=self.encoder.tokenizer.eos_token_id,
-            streamer=streamer,
-        )
-        return str(self.encoder.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+        prompts, tokenizer = [self.encoder.prompt(turns)], self.encoder.tokenizer
+        (answer,) = write_answers(self.model, prompts, tokenizer, self.recipe.evaluate.max_new_tokens, self.device, streamer)
+        return answer.text
 
     def printer(self) -> Any:
         """Prints an answer while it is made."""

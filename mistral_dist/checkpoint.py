@@ -121,8 +121,9 @@ def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Cal
         publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    step = snapshot.progress.step
     with suppress(OSError):  # the checkpoint is there; what is too many is dropped after the next one
-        _retain(folder, snapshot.progress.step, rules, reach)
+        _retain(folder, step, rules, step - snapshot.progress.guard.back(step, reach) if reach else 0)
     return target
 
 

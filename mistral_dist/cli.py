@@ -1,7 +1,6 @@
 """`mistral-dist VERB ...`: before training a verb takes a RECIPE, afterwards a RUN."""
 
 import sys
-import time
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -15,18 +14,23 @@ from mistral_dist.runtime.process import quiet_libraries
 app = typer.Typer(
     name="mistral-dist",
     help="Fine-tune Mistral-7B with QLoRA on any machines: one run, the same result.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
+MISTYPED: tuple[type[Exception], ...] = (typer.BadParameter.__base__ or typer.BadParameter,)
+"""All that typer finds wrong with a command; it is click's UsageError, which typer keeps in a room of its own."""
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell gives it."""
 NO_PLACE = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 """A path that cannot be written to, or is something else: the user's to mend."""
 
 
-QUEUE_EVERY = 5.0
-"""Seconds between two questions to a scheduler, which serves many."""
+ALONE = (
+    "--debug: one process without ZeRO on one machine, always begun anew; no --gpus, --processes, --zero, --offload, --config-file,"
+    " --nodes, --fresh or --check, and no job of several nodes"
+)
 
 
 class Split(StrEnum):
@@ -41,8 +45,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Overrides of the recipe")]
 Processes = Annotated[
-    int | None, typer.Option("--processes", "--gpus", min=1, help="How many on each machine; default: all visible GPUs, or 2 CPU processes")
+    int | None, typer.Option("--processes", min=1, help="How many on each machine; default: all visible GPUs, or 2 CPU processes")
 ]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="How many on each machine, and refused where fewer are visible")]
 
 
 @app.command(epilog="Example: `mistral-dist init my-project`")
@@ -122,6 +127,7 @@ def train(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     processes: Processes = None,
+    gpus: Gpus = None,
     zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; default: 2 with several processes, else 0")] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="ZeRO 2 or 3 with the optimizer's state and update in the machine's own memory")
@@ -142,43 +148,56 @@ def train(
     ] = False,
 ) -> None:
     """Train, or go on from the last good checkpoint, on all visible GPUs; on one machine it also prepares the data if needed."""
+    from mistral_dist.runtime.process import leave_when_asked
+
+    leave_when_asked(STOPPED)  # before what takes seconds to import
     from mistral_dist.config import Recipe
     from mistral_dist.display import outlast_terminal
     from mistral_dist.runtime.nodes import nodes_of
-    from mistral_dist.runtime.process import leave_when_asked
     from mistral_dist.topology import Topology
     from mistral_dist.workflow import check_training, start_training
 
     outlast_terminal()
-    leave_when_asked(STOPPED)
     words = list(overrides or [])
     recipe = Recipe.load(recipe_file, words)
+    several = nodes_of(nodes, node_rank, main_address)
     if debug:
         from mistral_dist.debug.mode import start_debug
 
-        if any(option not in (None, False) for option in (processes, zero, offload, config_file, nodes, node_rank, main_address, fresh)):
-            raise RecipeError(
-                "--debug: one process without ZeRO, always begun anew; no --gpus, --zero, --offload, --config-file, --nodes or --fresh"
-            )
+        if any(option not in (None, False) for option in (processes, gpus, zero, offload, config_file, several, fresh, check)):
+            raise RecipeError(ALONE)
         raise typer.Exit(start_debug(recipe_file, words))
-    asked = Topology(processes, zero, offload, config_file, nodes_of(nodes, node_rank, main_address))
+    asked = Topology(processes, gpus, zero, offload, config_file, several)
     if check:
         check_training(recipe, asked, fresh=fresh)
         raise typer.Exit(FINISHED)
     raise typer.Exit(start_training(recipe, [str(recipe_file), *words], asked, fresh=fresh))
 
 
-@app.command(epilog="Example: `mistral-dist evaluate runs/demo`")
-def evaluate(run_folder: RunFolder, overrides: Overrides = None, processes: Processes = None) -> None:
-    """Score base and tuned model on the held-out test split; writes RUN/evaluation/."""
+@app.command(
+    epilog="Examples: `mistral-dist evaluate runs/demo`;"
+    " `mistral-dist evaluate runs/chat evaluate.answers=100 evaluate.metric=my_measures:length`"
+)
+def evaluate(
+    run_folder: RunFolder,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    gpus: Gpus = None,
+    check: Annotated[bool, typer.Option("--check", help="Look at run, data and base, and leave")] = False,
+) -> None:
+    """Score base and tuned model on the held-out test split; writes RUN/evaluation/. Killed, it goes on where it was."""
     from mistral_dist.display import console, evaluation_table
-    from mistral_dist.evaluate import recipe_of
+    from mistral_dist.evaluate import held_out, recipe_of
     from mistral_dist.run import RunDirectory
+    from mistral_dist.topology import Topology
     from mistral_dist.workflow import start_evaluation
 
     run = RunDirectory(run_folder)
-    recipe_of(run, overrides or [])
-    console.print(evaluation_table(start_evaluation(run, overrides or [], processes=processes)))
+    recipe = recipe_of(run, overrides or [])
+    if check:
+        held_out(recipe, run)
+        raise typer.Exit(FINISHED)
+    console.print(evaluation_table(start_evaluation(run, overrides or [], Topology(processes, gpus))))
 
 
 @app.command(epilog='Examples: `mistral-dist chat runs/demo`; `mistral-dist chat runs/demo --message "Return a sorted copy of an array."`')
@@ -214,20 +233,14 @@ def chat(
 @app.command(epilog="Examples: `mistral-dist status runs/demo`; `mistral-dist status runs/demo --follow`")
 def status(run_folder: RunFolder, follow: Annotated[bool, typer.Option("--follow", help="Until it ends")] = False) -> None:
     """Say how a run stands."""
-    from mistral_dist.display import console, following, say
-    from mistral_dist.run import RunDirectory, holder
+    from mistral_dist.display import console
+    from mistral_dist.run import RunDirectory
+    from mistral_dist.standing import follow_to_the_end, standing
 
     run = RunDirectory(run_folder)
-    if run.log.is_file() and not (run.path / "recipe.yaml").is_file():
-        say(f"{run.path}: starting; its workers are not there yet (log: {run.log})")
-        return
-    run.recipe()
     if follow:
-        with following(run) as tick:
-            while holder(run.path) is not None or _is_queued(run):
-                tick()
-                time.sleep(0.5)
-    console.print(_status_table(run))
+        follow_to_the_end(run)
+    console.print(standing(run))
 
 
 @app.command(epilog="Example: `mistral-dist doctor`")
@@ -275,46 +288,12 @@ def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
     return table
 
 
-def _is_queued(run: Any) -> bool:
-    """Whether the scheduler will go on with a run that has stopped. Asked every few seconds at most, by whoever follows."""
-    from mistral_dist.runtime import slurm
-
-    status = run.status() or {}
-    job = status.get("job")
-    if job is None or status["state"] == "finished":
-        return False
-    time.sleep(QUEUE_EVERY)
-    return (slurm.state(job) or "").split(" ")[0] in slurm.ALIVE
-
-
-def _status_table(run: Any) -> Any:
-    from mistral_dist.display import eta, facts, validation_words
-    from mistral_dist.run import holder
-    from mistral_dist.runtime import slurm
-
-    state, last = run.status() or {"state": "never started", "message": ""}, run.recent_metrics(1)
-    writer = holder(run.path)
-    if state["state"] == "running" and writer is None:
-        state = {**state, "state": "interrupted", "message": "ended without a word; run the same command to go on"}
-    rows = [("run", run.path), ("state", state["state"]), ("message", state["message"])]
-    if state.get("job"):
-        rows.append(("job", f"SLURM {state['job']}: {slurm.state(state['job']) or 'the scheduler says nothing of it'}"))
-    if state.get("launches", 1) > 1:
-        rows.append(("restarts", state["launches"] - 1))
-    if state.get("steps"):
-        rows.append(("step", f"{state['step']} of {state['steps']}, last checkpoint {state['checkpoint'] or 'none'}"))
-    if last:
-        told = "not trained" if last[0]["loss"] is None else f"{last[0]['loss']:.4f}"
-        speed = last[0]["tokens_per_second"]
-        rows.append(("loss", f"{told} at step {last[0]['step']}{'' if speed is None else f', {speed:,.0f} tokens/s'}"))
-    validation = run.last_validation()
-    if validation:
-        rows.append(("validation", f"loss {validation_words(validation)}"))
-    remaining = eta(run) if writer is not None else None
-    if remaining is not None:
-        rows.append(("ETA", remaining))
-    rows.append(("writer", writer or "none"))
-    return facts(rows)
+def _told(error: Exception) -> str:
+    """A mistyped command in one line, like every other mistake."""
+    context = getattr(error, "ctx", None)
+    verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
+    line = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    return f"error: {line}; see `mistral-dist{verb} --help`"
 
 
 def main() -> None:
@@ -322,7 +301,12 @@ def main() -> None:
     quiet_libraries()
     warnings.simplefilter("ignore", FutureWarning)  # between the libraries; nothing a user could do about
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    except MISTYPED as error:
+        print(_told(error), file=sys.stderr)
+        sys.exit(WRONG_INPUT)
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(WRONG_INPUT if isinstance(error, NO_PLACE) else FAILED)

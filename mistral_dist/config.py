@@ -155,8 +155,18 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """How the held-out examples are scored."""
 
+    method: Literal["likelihood", "generation"] = "likelihood"
+    """Classification: the label that the model finds most likely; or the one that it writes, where anything else is no label."""
     max_tokens: Count = 2048
     """Tokens in one forward, over all examples and labels in it."""
+    answers: Annotated[int, Field(ge=0)] = 500
+    """Chat and instruct: how many test examples base and tuned model answer in writing, those with the smallest ids; 0: none."""
+    batch_size: Count = 16
+    """Answers that are written together."""
+    max_new_tokens: Count = 512
+    """Where a written answer is cut off."""
+    metric: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """A function of your own, module:function, of a written answer and the reference answer; the mean is reported."""
     bootstrap_samples: Count = 2000
     """Resamples behind each 95 % interval."""
 

@@ -108,21 +108,33 @@ def evaluating(run: RunDirectory) -> Iterator[Callable[[], None]]:
 
 def evaluation_table(result: dict[str, Any]) -> Table:
     """Base against tuned, one measure a row."""
-    table = Table(title=f"{result['n']} held-out examples ({result['split']})", title_justify="left")
+    table = Table(title=f"{result['n']} held-out examples ({result['split']})", title_justify="left", caption_justify="left")
     for column in ("", "base", "tuned"):
         table.add_column(column, justify="left" if not column else "right")
-    if result["task"] == "classification":
-        for name in ("accuracy", "precision_macro", "recall_macro", "f1_macro"):
-            table.add_row(name.replace("_", " "), *(_interval(result[model][name]) for model in ("base", "tuned")))
-        for label in result["labels"]:
-            f1 = (f"{result[model]['per_class'][label]['f1']:.3f}" for model in ("base", "tuned"))
-            table.add_row(escape(f"f1 {label}"), *f1, style="dim")
-        table.caption = "[95 % bootstrap interval]"
-        table.caption_justify = "left"
-    else:
-        for name in ("loss", "perplexity"):
-            table.add_row(name, *(f"{result[model][name]:.4f}" for model in ("base", "tuned")))
+    _add_measures(table, {name: (base, result["tuned"][name]) for name, base in result["base"].items()})
+    for label in result.get("labels", ()):
+        f1 = (f"{result[model]['per_class'][label]['f1']:.3f}" for model in ("base", "tuned"))
+        table.add_row(escape(f"f1 {label}"), *f1, style="dim")
+    table.caption = "[95 % bootstrap interval]"
+    if "written" in result["base"]:
+        base, tuned = (result[model]["written"] for model in ("base", "tuned"))
+        _add_measures(table, {name: (measure, tuned[name]) for name, measure in base.items()})
+        table.caption += f"; from exact match on of {base['n']} written answers"
+    if "mcnemar" in result["difference"]:
+        found = result["difference"]["mcnemar"]
+        alone = f"right alone: base {found['only_base_right']}, tuned {found['only_tuned_right']}"
+        table.caption += f"; {alone} (McNemar's exact test: p = {found['p_value']:.2g})"
     return table
+
+
+def _add_measures(table: Table, measures: dict[str, tuple[Any, Any]]) -> None:
+    for name, (base, tuned) in measures.items():
+        if _is_interval(base) and not name.endswith(("_micro", "_weighted")):
+            table.add_row(escape(name.replace("_", " ")), _interval(base), _interval(tuned))
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
 
 
 def audit_table(manifest: dict[str, Any], path: Path) -> Table:

@@ -77,6 +77,7 @@ def end(session: Session, code: int, more: str = "") -> int:
             write()
 
     def write() -> None:
+        session.run.check_publishing()
         session.run.sync()
         told = [f"at step {step} of {steps}"]
         quarantine = session.run.path / "quarantine.jsonl"

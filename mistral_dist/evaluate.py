@@ -1,44 +1,39 @@
-"""A finished run -> task metrics on held-out data, base and tuned with the same code.
+"""A finished run -> measures on its held-out test split, base and tuned with the same code.
 
-Classification is scored by likelihood: for each example, the log-probability of every label (and of stopping after it) as
-the answer. All labels of an example share its prompt in one row, where each label sees the prompt and itself alone; so the
-prompt is computed once. The other tasks report the loss per target token and its perplexity.
+Classification: accuracy, precision, recall, F1. The other tasks: the loss per target token and its perplexity; conversations also by
+what the model writes: exact match, ROUGE-L, BLEU, chrF. Each with a 95 % interval, and whether tuned differs from base.
 
-Started by `mistral-dist evaluate`, or directly:
+Rows of examples are dealt out to the ranks. What is found is kept row by row, so a killed evaluation goes on where it was, also
+on another number of ranks. Started by `mistral-dist evaluate`, or directly:
 
     accelerate launch --config_file configs/accelerate/data_parallel.yaml -m mistral_dist.evaluate RUN
 """
 
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import xxhash
 
+from mistral_dist import text_metrics
+from mistral_dist.answers import MODELS, Which, as_model
 from mistral_dist.checkpoint import latest_good, load_progress
-from mistral_dist.config import Recipe
-from mistral_dist.data.encode import Candidates, Encoder, load_encoder
-from mistral_dist.data.example import from_record
+from mistral_dist.config import Recipe, digest
+from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import has_held_out
-from mistral_dist.data.pack import best_fit
 from mistral_dist.data.prepared import Prepared, open_prepared
 from mistral_dist.data.split import TEST
-from mistral_dist.data.stream import Batch, collate
 from mistral_dist.errors import FINISHED, DataError, MistralDistError, RunError
+from mistral_dist.exams import exams_of
+from mistral_dist.exams.exam import Answers, Exam
 from mistral_dist.files import write_text
-from mistral_dist.loss import summed_loss
-from mistral_dist.metrics import confusion_matrix, report
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
-
-MODELS = ("base", "tuned")
+from mistral_dist.unfinished import Unfinished
 
 
 def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, Any]:
@@ -46,168 +41,77 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, A
 
     Raises DataError where nothing was held out, RunError where the data are not those that the run was trained on.
     """
-    if recipe.data.streaming and not has_held_out(recipe.data):
-        raise DataError("data.sources: a stream without a source of its own for the test (into: test); nothing was held out")
-    encoder = load_encoder(recipe)
-    prepared = open_prepared(recipe, encoder)
-    held_out = HeldOut.of(run, prepared)
+    records, prepared, encoder = held_out(recipe, run)
+    exams = exams_of(recipe, runtime, encoder, records)
+    kept = Unfinished(run.path / "evaluation", runtime.rank, runtime.on_main(lambda: _work(recipe, run, prepared)))
+    runtime.gather(None)  # all have read what there is before anybody writes
     # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for
     model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
-    score = _classify if recipe.task.kind == "classification" else _measure_loss
-    result, lines = score(recipe, runtime, run, model, held_out.records, encoder)
-    result = {"split": TEST, "task": recipe.task.kind, "n": len(held_out.records), **result}
+    answers = _examine(model, exams, kept, runtime, run)
+    result: dict[str, Any] = {"split": TEST, "task": recipe.task.kind, "n": len(records)}
+    lines: dict[str, list[Any]] = {"predictions": [], "scores": [], "worst": []}
+    for marked in (exam.mark(answers[exam.name]) for exam in exams):
+        result |= marked.about
+        for part in (*MODELS, "difference"):
+            result[part] = {**result.get(part, {}), **getattr(marked, part)}
+        for name, found in lines.items():
+            found += getattr(marked, name)
     if runtime.is_main:
-        write_text(run.path / "evaluation" / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        for name, found in lines.items():
+            write_text(run.path / "evaluation" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in found))
         write_text(run.path / "evaluation" / "test.json", json.dumps(result, indent=2) + "\n")
+        kept.discard()
     return result
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The test split of the very data that a run was trained on."""
+def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], Prepared, Encoder]:
+    """The test split of the very data that a run was trained on. All that can be looked at before a model is loaded.
 
-    records: list[dict[str, Any]]
-
-    @classmethod
-    def of(cls, run: RunDirectory, prepared: Prepared) -> "HeldOut":
-        """Raises RunError where the data were prepared anew since: what is held out now may have been trained on."""
-        found, _ = latest_good(run.checkpoints)
-        if found is not None and load_progress(found)[1]["held_out"] != prepared.fingerprint:
-            raise RunError(
-                f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew"
-            )
-        records = list(prepared.split(TEST))
-        if not records:
-            raise DataError(f"{prepared.path}: its test split is empty; nothing was held out (data.test_fraction), so nothing can be said")
-        return cls(records)
-
-
-@dataclass(frozen=True)
-class LabelRow:
-    """Classification prompts with all their labels, end to end in one row of T tokens."""
-
-    input_ids: torch.Tensor
-    """int64 [1, T]"""
-    position_ids: torch.Tensor
-    """int64 [1, T]: each label goes on where its prompt ends"""
-    mask: torch.Tensor
-    """bool [1, 1, T, T]: whether the row's token (third index) sees another (fourth)"""
-    predict_from: torch.Tensor
-    """int64 [N]: positions whose hidden states predict an answer's token"""
-    targets: torch.Tensor
-    """int64 [N]: those tokens"""
-    owner: torch.Tensor
-    """int64 [N]: example x labels + label that the token belongs to"""
+    Raises DataError where nothing was held out, RunError where the data were prepared anew since: what is held out now may have
+    been trained on.
+    """
+    if recipe.data.streaming and not has_held_out(recipe.data):
+        raise DataError("data.sources: a stream without a source of its own for the test (into: test); nothing was held out")
+    if recipe.evaluate.metric is not None:
+        text_metrics.own_metric(recipe.evaluate.metric)
+    encoder = load_encoder(recipe)
+    prepared = open_prepared(recipe, encoder)
+    found, _ = latest_good(run.checkpoints)
+    if found is not None and load_progress(found)[1]["held_out"] != prepared.fingerprint:
+        raise RunError(f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew")
+    records = list(prepared.split(TEST))
+    if not records:
+        raise DataError(f"{prepared.path}: its test split is empty; nothing was held out (data.test_fraction), so nothing can be said")
+    return records, prepared, encoder
 
 
-def label_row(examples: Sequence[Candidates]) -> LabelRow:
-    """Lay out prompts and answers; the last token of an answer is only predicted, so it is not in the row."""
-    ids: list[int] = []
-    positions: list[int] = []
-    example_of_token: list[int] = []
-    branch: list[int] = []  # 0 for the prompt, 1 + label for an answer
-    predict_from: list[int] = []
-    targets: list[int] = []
-    owner: list[int] = []
-    for n, example in enumerate(examples):
-        end = len(ids) + len(example.prompt)
-        for label, answer in enumerate([[], *example.answers]):
-            fed = example.prompt if label == 0 else answer[:-1]
-            if label:
-                predict_from += [end - 1, *range(len(ids), len(ids) + len(fed))]
-                targets += answer
-                owner += [n * len(example.answers) + label - 1] * len(answer)
-            start = 0 if label == 0 else len(example.prompt)
-            ids += fed
-            positions += range(start, start + len(fed))
-            example_of_token += [n] * len(fed)
-            branch += [label] * len(fed)
-    of, on = torch.tensor(example_of_token), torch.tensor(branch)
-    sees = (of[:, None] == of) & ((on == 0) | (on[:, None] == on)) & torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    row = (torch.tensor(values, dtype=torch.int64) for values in ([ids], [positions], predict_from, targets, owner))
-    input_ids, position_ids, where, what, whose = row
-    return LabelRow(input_ids, position_ids, sees[None, None], where, what, whose)
-
-
-@torch.no_grad()
-def label_scores(model: Any, row: LabelRow, examples: int, labels: int, device: torch.device) -> torch.Tensor:
-    """Log-probability of each label as the whole answer, in nats; float32 [examples, labels]."""
-    logits = model(
-        input_ids=row.input_ids.to(device),
-        position_ids=row.position_ids.to(device),
-        attention_mask=row.mask.to(device),
-        logits_to_keep=row.predict_from.to(device),
-        use_cache=False,
-    ).logits[0]
-    found = logits.float().log_softmax(-1).gather(1, row.targets.to(device)[:, None])[:, 0]
-    return torch.zeros(examples * labels, device=device).index_add_(0, row.owner.to(device), found).view(examples, labels).cpu()
-
-
-def _classify(
-    recipe: Recipe, runtime: Runtime, run: RunDirectory, model: Any, records: list[dict[str, Any]], encoder: Encoder
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    labels = list(recipe.task.labels)
-    candidates = {index: encoder.candidates(records[index]["text"]) for index in _mine(records, runtime)}
-    tokens = {index: len(one.prompt) + sum(len(answer) - 1 for answer in one.answers) for index, one in candidates.items()}
-    found: dict[str, dict[int, int]] = {name: {} for name in MODELS}
-    for name, row in _passes(model, _rows(tokens, recipe.evaluate.max_tokens), runtime, run):
-        scores = label_scores(model, label_row([candidates[i] for i in row]), len(row), len(labels), runtime.device)
-        found[name] |= dict(zip(row, scores.argmax(1).tolist(), strict=True))
-    result: dict[str, Any] = {"labels": labels}
-    truth = [labels.index(record["label"]) for record in records]
-    lines = [{"id": record["id"], "place": record["place"], "label": record["label"]} for record in records]
-    for name in MODELS:
-        of_all = {index: label for part in runtime.gather(found[name]) for index, label in part.items()}
-        predicted = [of_all[index] for index in range(len(records))]
-        result[name] = report(confusion_matrix(truth, predicted, len(labels)), labels, recipe.evaluate.bootstrap_samples)
-        lines = [{**line, name: labels[label]} for line, label in zip(lines, predicted, strict=True)]
-    return result, lines
-
-
-def _measure_loss(
-    recipe: Recipe, runtime: Runtime, run: RunDirectory, model: Any, records: list[dict[str, Any]], encoder: Encoder
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    sums = {name: [0.0, 0.0] for name in MODELS}
-    rows = _rows({index: records[index]["tokens"] for index in _mine(records, runtime)}, recipe.evaluate.max_tokens)
-    for name, row in _passes(model, rows, runtime, run):
-        batch = Batch(**collate([encoder.encode(from_record(records[i])) for i in row]), ids=())
-        with torch.no_grad():
-            sums[name][0] += float(summed_loss(model, batch.to(runtime.device)))
-        sums[name][1] += len(batch.targets)
-    result: dict[str, Any] = {}
-    for name in MODELS:
-        loss, targets = runtime.sum(sums[name])
-        result[name] = {"loss": loss / targets, "perplexity": math.exp(loss / targets)}
-        result["targets"] = int(targets)
-    return result, []
-
-
-def _mine(records: Sequence[Any], runtime: Runtime) -> range:
-    """The indices of the records that this rank scores."""
-    return range(runtime.rank, len(records), runtime.world_size)
-
-
-def _passes(model: Any, rows: list[list[int]], runtime: Runtime, run: RunDirectory) -> Iterator[tuple[str, list[int]]]:
-    """Each row with the model as base, then each as tuned; how far it is can be read in evaluation/progress.json."""
-    total, told = len(MODELS) * len(rows), 0.0
-    for done, (name, row) in enumerate((name, row) for name in MODELS for row in rows):
+def _examine(model: Any, exams: Sequence[Exam], kept: Unfinished, runtime: Runtime, run: RunDirectory) -> dict[str, Answers]:
+    """Have every row of every exam answered by base and tuned, by some rank; what all have found, on each."""
+    rows = [(exam, which, row) for exam in exams for which in MODELS for row in exam.rows]
+    left = [(exam, which, row) for exam, which, row in rows if not all(_key(exam, which, index) in kept.found for index in row)]
+    told = 0.0
+    for n, (exam, which, row) in enumerate(left[runtime.rank :: runtime.world_size]):
         if runtime.is_main and time.monotonic() - told > 1:
-            told = time.monotonic()
-            write_text(run.path / "evaluation" / "progress.json", json.dumps({"done": done, "total": total}))
-        with as_model(model, name):
-            yield name, row
+            told, done = time.monotonic(), len(rows) - len(left) + n * runtime.world_size
+            write_text(run.path / "evaluation" / "progress.json", json.dumps({"done": done, "total": len(rows)}))
+        with as_model(model, which):
+            found = exam.take(model, row)
+        kept.add({_key(exam, which, index): value for index, value in zip(row, found, strict=True)})
+    everything = {key: value for found in runtime.gather(kept.found) for key, value in found.items()}
+    return {
+        exam.name: {which: {index: everything[_key(exam, which, index)] for row in exam.rows for index in sorted(row)} for which in MODELS}
+        for exam in exams
+    }
 
 
-def _rows(lengths: dict[int, int], capacity: int) -> list[list[int]]:
-    """Example indices in rows of about `capacity` tokens; an example longer than that has a row of its own."""
-    indices = list(lengths)
-    packs = best_fit([min(lengths[i], capacity) for i in indices], capacity)
-    return [[indices[n] for n in pack] for pack in packs]
+def _work(recipe: Recipe, run: RunDirectory, prepared: Prepared) -> str:
+    """Changes with anything that the answers depend on."""
+    adapter = xxhash.xxh128((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return digest({"adapter": adapter, "data": prepared.fingerprint, "recipe": recipe.model_dump(mode="json")})
 
 
-def as_model(model: Any, name: str) -> Any:
-    """The model as base (adapter off) or tuned."""
-    return model.disable_adapter() if name == "base" else nullcontext()
+def _key(exam: Exam, which: Which, index: int) -> str:
+    return f"{exam.name}/{which}/{index}"
 
 
 def main(words: list[str]) -> int:
@@ -225,7 +129,7 @@ def main(words: list[str]) -> int:
         return error.exit_code
 
 
-CHOICES = ("evaluate.max_tokens=", "evaluate.bootstrap_samples=", "model.path=")
+CHOICES = ("evaluate.", "model.path=")
 """Overrides that an evaluation or a chat may be given: they do not say what was trained."""
 
 

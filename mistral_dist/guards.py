@@ -82,7 +82,7 @@ class Guard:
         """Whether the run has to go back after this step, and why."""
         if self.refused >= train.max_skipped_steps:
             because = f"the loss or the gradient was not finite in {self.refused} steps in a row"
-            return Trouble(max(1, step - self.refused + 1 - PATIENCE), step, because)
+            return Trouble(self.back(step, PATIENCE) + 1, step, because)
         if train.spike_threshold is None or self.refused or len(self.losses) < HISTORY + PATIENCE:
             return None
         before, now = self.losses[:HISTORY], self.losses[-PATIENCE:]
@@ -90,11 +90,21 @@ class Guard:
         if min(now) <= usual + train.spike_threshold * spread:
             return None
         because = f"the loss was {min(now):.3g} or more in {PATIENCE} steps in a row, after {usual:.3g} (median of {RECENT} steps)"
-        return Trouble(max(1, step + 1 - 2 * PATIENCE), step, because)
+        return Trouble(self.back(step, 2 * PATIENCE) + 1, step, because)
+
+    def back(self, step: int, trained: int) -> int:
+        """The step after which so many steps were trained up to this one; 0 where there are fewer.
+
+        What changed nothing does not count: going back by that would bring back the adapter that is suspect.
+        """
+        while step > 0 and trained > 0:
+            trained -= step not in self.untrained
+            step -= 1
+        return step
 
 
 def reach(train: Train) -> int:
-    """Steps between the one that shows the trouble and the newest checkpoint that may be gone back to; 0 where the run never goes back."""
+    """Trained steps between the one that shows the trouble and the newest checkpoint to go back to; 0 where the run never goes back."""
     if train.max_rewinds == 0:
         return 0
     return PATIENCE + max(train.max_skipped_steps, PATIENCE if train.spike_threshold is not None else 0)

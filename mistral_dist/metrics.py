@@ -1,7 +1,8 @@
-"""Confusion matrix -> accuracy, precision, recall, F1, and their bootstrap intervals. Pure functions of counts.
+"""Confusion matrix -> accuracy, precision, recall, F1, with bootstrap intervals. Pure functions of counts.
 
-`confusion[i, j]` counts the examples of label i that were given label j. A class that is never predicted has precision 0,
-one that never occurs recall 0, as in scikit-learn with `zero_division=0`.
+`confusion[i, j]` counts the examples of label i that were given label j; a last column more than there are labels counts those
+that were given none of them. A class that is never predicted has precision 0, one that never occurs recall 0, as in
+scikit-learn with `zero_division=0`.
 """
 
 from collections.abc import Sequence
@@ -9,48 +10,41 @@ from typing import Any
 
 import numpy as np
 
-MEASURES = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
+from mistral_dist.resampling import intervals_of_counts
+
+NAMES = ("precision", "recall", "f1")
+MEASURES = ("accuracy", *(f"{name}_{average}" for average in ("macro", "weighted", "micro") for name in NAMES))
+"""What is said about one model. macro: the mean over the classes; weighted: by how often each occurs; micro: over all decisions, which
+is accuracy again unless some answer was no label."""
 
 
-def confusion_matrix(labels: Sequence[int], predictions: Sequence[int], classes: int) -> np.ndarray:
-    """int64 [classes, classes] from label and prediction indices."""
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (np.asarray(labels, np.int64), np.asarray(predictions, np.int64)), 1)
+def confusion_matrix(labels: Sequence[int], predictions: Sequence[int | None], classes: int) -> np.ndarray:
+    """int64 [classes, classes] from label and prediction indices; with a column more where a prediction is None."""
+    columns = classes + any(prediction is None for prediction in predictions)
+    confusion = np.zeros((classes, columns), np.int64)
+    given = [classes if prediction is None else prediction for prediction in predictions]
+    np.add.at(confusion, (np.asarray(labels, np.int64), np.asarray(given, np.int64)), 1)
     return confusion
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """precision, recall, f1: float64 [..., classes] of confusion matrices [..., classes, classes]."""
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
-    predicted, actual = confusion.sum(-2), confusion.sum(-1)
-    return {
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, actual),
-        "f1": _ratio(2 * hits, predicted + actual),
-    }
+    """precision, recall, f1: float64 [..., classes] of confusion matrices [..., classes, columns]."""
+    hits, predicted, actual = _decisions(confusion)
+    return {"precision": _ratio(hits, predicted), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, predicted + actual)}
 
 
 def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Each of MEASURES, float64 [...], of confusion matrices [..., classes, classes]."""
+    """Each of MEASURES, float64 [...], of confusion matrices [..., classes, columns]."""
+    hits, predicted, actual = (counts.sum(-1) for counts in _decisions(confusion))
+    micro = {"precision": _ratio(hits, predicted), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, predicted + actual)}
+    share = _ratio(confusion.sum(-1), actual[..., None])
     classes = per_class(confusion)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1).sum(-1)
     return {
-        "accuracy": _ratio(hits.astype(np.float64), confusion.sum((-2, -1))),
-        **{f"{name}_macro": values.mean(-1) for name, values in classes.items()},
+        "accuracy": _ratio(hits, actual),
+        **{f"{name}_macro": classes[name].mean(-1) for name in NAMES},
+        **{f"{name}_weighted": (classes[name] * share).sum(-1) for name in NAMES},
+        **{f"{name}_micro": micro[name] for name in NAMES},
     }
-
-
-def with_intervals(confusion: np.ndarray, samples: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Each of MEASURES as value, low, high: the 95 % percentile bootstrap interval over examples.
-
-    Drawing n examples with replacement from n is one multinomial draw over the cells of the confusion matrix, so no
-    example is touched (Efron and Tibshirani, 1993, chapter 13).
-    """
-    n, classes = int(confusion.sum()), confusion.shape[0]
-    draws = np.random.default_rng(seed).multinomial(n, confusion.ravel() / n, size=samples).reshape(samples, classes, classes)
-    values, resampled = summary(confusion), summary(draws)
-    bounds = {name: np.percentile(resampled[name], [2.5, 97.5]) for name in MEASURES}
-    return {name: {"value": float(values[name]), "low": float(bounds[name][0]), "high": float(bounds[name][1])} for name in MEASURES}
 
 
 def report(confusion: np.ndarray, labels: Sequence[str], samples: int) -> dict[str, Any]:
@@ -60,9 +54,17 @@ def report(confusion: np.ndarray, labels: Sequence[str], samples: int) -> dict[s
         label: {**{name: float(values[i]) for name, values in classes.items()}, "support": int(confusion[i].sum())}
         for i, label in enumerate(labels)
     }
-    return {**with_intervals(confusion, samples), "per_class": rows, "confusion_matrix": confusion.tolist()}
+    return {**intervals_of_counts(confusion, summary, samples), "per_class": rows, "confusion_matrix": confusion.tolist()}
+
+
+def _decisions(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class how often it was given rightly, given, and there: float64 [..., classes]."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    predicted = confusion[..., : confusion.shape[-2]].sum(-2)
+    return hits.astype(np.float64), predicted.astype(np.float64), confusion.sum(-1).astype(np.float64)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    result: np.ndarray = np.divide(numerator, denominator, out=np.zeros_like(numerator, np.float64), where=denominator > 0)
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    result: np.ndarray = np.divide(numerator, denominator, out=np.zeros(denominator.shape), where=denominator > 0)
     return result

@@ -38,6 +38,8 @@ PROGRESS = ("step", "steps", "checkpoint")
 """Of a status; null where nothing is known of them yet."""
 FREE_IT = "wait for it, stop it, or start another run with run.dir=..."
 State = Literal["running", "finished", "stopped", "failed"]
+STARTING = "starting"
+"""The message of a run whose workers are waited for."""
 
 
 class RunDirectory:

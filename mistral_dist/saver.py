@@ -129,8 +129,9 @@ class Saver:
     def _write(self, snapshot: Snapshot, waited: float, gathered: float) -> None:
         started, step, told = time.monotonic(), snapshot.progress.step, ""
         problem: Exception | None = TrainingError(f"{self._run.path}: the writer of checkpoint-{step} ended without a word")
-        try:
+        with suppress(OSError):  # where that is forbidden, the writer competes with the steps
             process.give_way()
+        try:
             self._run.check_publishing()
             # a checkpoint claims that its steps were made: their lines come first
             self._run.sync()

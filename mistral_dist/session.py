@@ -167,7 +167,7 @@ class Session:
             spent = f"the run went back {often} already (train.max_rewinds)" if train.max_rewinds else "train.max_rewinds=0 never goes back"
             raise TrainingError(f"step {step}: {trouble.because}; {spent}; {remedy}")
         self.runtime.on_main(self.saver.newest)
-        target = self.runtime.on_main(lambda: checkpoint.retreat(self.run.checkpoints, before=trouble.first))
+        target = self.runtime.on_main(lambda: self._retreat(trouble.first))
         if target is None:
             raise TrainingError(f"step {step}: {trouble.because}, and there is no checkpoint from before; {remedy}")
         found, _ = checkpoint.load_progress(target)
@@ -177,8 +177,16 @@ class Session:
         self.runtime.scatter_moments(checkpoint.load_moments(target), self.progress.updates)
         self.drops, self.saved, self.saver.step = [], self.progress.step, self.progress.step
         self.say(f"step {step}: {trouble.because}; back to {target.name}, steps {trouble.first} to {trouble.last} will be passed over")
-        self.runtime.on_main(lambda: self.run.cut_back(self.progress.reached))
+        self.runtime.on_main(self._cut_back)
         self.clock = time.monotonic()
+
+    def _retreat(self, before: int) -> Path | None:
+        self.run.check_publishing()  # nothing is removed from a run that another process may have taken over
+        return checkpoint.retreat(self.run.checkpoints, before=before)
+
+    def _cut_back(self) -> None:
+        self.run.check_publishing()
+        self.run.cut_back(self.progress.reached)
 
     def is_validation_due(self) -> bool:
         """Whether the adapter of this step is to be validated, and was not yet."""
@@ -335,7 +343,7 @@ class Session:
                 raise RunError(f"{self.run.path}: began with other {what}: fingerprint {facts.get(fact)} then, {now} now; {ways_out}")
 
     def _mark_start(self) -> None:
-        self.run.cut_back(self.progress.reached)
+        self._cut_back()
         launches = (self.run.status() or {}).get("launches", 0) + 1
         begins = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saved), "launches": launches}
         self.run.set_status("running", None, "training", **begins, job=slurm.job())

@@ -22,13 +22,19 @@ class Topology:
     """What the user asked for; None is for us to decide."""
 
     processes: int | None = None
-    """On each node."""
+    """On each node, with a GPU each where there are some."""
+    gpus: int | None = None
+    """The same, where no GPU is no answer."""
     zero: int | None = None
     offload: bool = False
     config: Path | None = None
     """An accelerate config of the user's own: it decides what is not asked for here, the port between machines included."""
     nodes: Nodes | None = None
     """None for this machine alone."""
+
+
+ANY = Topology()
+"""Nothing is asked for."""
 
 
 def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module: str = "mistral_dist.train") -> launcher.Line:
@@ -40,11 +46,11 @@ def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module:
     gpus = launcher.visible_gpus()
     if asked.config is not None:
         return launcher.Line(
-            config=asked.config, module=module, words=tuple(words), processes=asked.processes, deepspeed=_deepspeed(zero, asked.offload),
-            port=None, join_seconds=launcher.join_seconds(), gpus=gpus > 0,
+            config=asked.config, module=module, words=tuple(words), processes=asked.gpus or asked.processes,
+            deepspeed=_deepspeed(zero, asked.offload), port=None, join_seconds=launcher.join_seconds(), gpus=gpus > 0,
         )  # fmt: skip
     nodes = asked.nodes
-    count = processes_per_node(asked.processes, gpus) * (nodes.count if nodes else 1)
+    count = processes_per_node(asked, gpus) * (nodes.count if nodes else 1)
     packs = recipe.train.global_batch_size
     if count > packs:
         fewer = f"use {packs} of them at most, or start a new run with a larger global batch"
@@ -59,10 +65,11 @@ def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module:
     )  # fmt: skip
 
 
-def evaluation_line(run: Path, words: Sequence[str], processes: int | None) -> launcher.Line:
+def evaluation_line(run: Path, words: Sequence[str], asked: Topology = ANY) -> launcher.Line:
     """The line that evaluates a run, on this machine."""
+    check_options(asked)
     gpus = launcher.visible_gpus()
-    count = processes_per_node(processes, gpus)
+    count = processes_per_node(asked, gpus)
     name = "single_gpu" if count == 1 else "data_parallel"
     return launcher.Line(
         config=assets.find(f"configs/accelerate/{name}.yaml"), module="mistral_dist.evaluate", words=(str(run), *words),
@@ -70,20 +77,27 @@ def evaluation_line(run: Path, words: Sequence[str], processes: int | None) -> l
     )  # fmt: skip
 
 
-def processes_per_node(asked: int | None, gpus: int) -> int:
+def processes_per_node(asked: Topology, gpus: int) -> int:
     """All visible GPUs; without any, two processes, so that what runs is what would run on two GPUs.
 
     Raises RecipeError for more than there are GPUs, and in a SLURM job that has none where nobody asked for CPU processes: it
     would hold its place for days.
     """
-    if asked is not None and gpus and asked > gpus:
-        raise RecipeError(f"--processes {asked}: only {gpus} GPUs are visible; see CUDA_VISIBLE_DEVICES")
-    if asked is None and not gpus and slurm.job() is not None:
+    count = asked.gpus or asked.processes
+    if count is not None and count > gpus and (gpus or asked.gpus):
+        option, seen = (
+            "--gpus" if asked.gpus else "--processes",
+            "no GPU is" if not gpus else f"only {gpus} GPU{'s are' if gpus > 1 else ' is'}",
+        )
+        raise RecipeError(
+            f"{option} {count}: {seen} visible here; see CUDA_VISIBLE_DEVICES and nvidia-smi, in a container its own flag for GPUs"
+        )
+    if count is None and not gpus and slurm.job() is not None:
         raise RecipeError(
             f"SLURM job {slurm.job()}: no GPU is visible; ask for some (sbatch --gres=gpu:4 ...), or say with --processes N how many"
             " CPU processes each node is to run"
         )
-    return asked or gpus or 2
+    return count or gpus or 2
 
 
 def _knows_deepspeed(config: Path) -> bool:
@@ -96,6 +110,8 @@ def _knows_deepspeed(config: Path) -> bool:
 
 def check_options(asked: Topology) -> int | None:
     """The ZeRO stage that is asked for. Raises RecipeError for options that do not go together, on whatever machine."""
+    if asked.processes and asked.gpus:
+        raise RecipeError("--processes and --gpus: both say how many; take one of them")
     zero = _stage_of(asked)
     if asked.config is None:
         return zero

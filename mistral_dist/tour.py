@@ -57,14 +57,14 @@ def _work(recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunD
 
     console.rule("4  train", align="left")
     # a machine may have more GPUs than the demo's small global batch has packs
-    processes = min(visible_gpus() or 2, recipe.train.global_batch_size)
+    asked = Topology(processes=min(visible_gpus() or 2, recipe.train.global_batch_size))
     with StopRequest() as stop:
-        code = start_training(recipe, [str(recipe_file), *overrides], Topology(processes=processes))
+        code = start_training(recipe, [str(recipe_file), *overrides], asked)
     if code != FINISHED or stop.signal is not None:
         return STOPPED if code == FINISHED else code
 
     console.rule("5  evaluate base and tuned", align="left")
-    start_evaluation(run, processes=processes)
+    start_evaluation(run, asked=asked)
     return FINISHED
 
 

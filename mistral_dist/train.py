@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from mistral_dist.checkpoint import versions
-from mistral_dist.config import Recipe
+from mistral_dist.config import Recipe, digest
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import open_feed
 from mistral_dist.data.stream import Work
@@ -190,7 +190,11 @@ def join(recipe: Recipe, stop: StopRequest) -> Runtime:
     """Join the other ranks; why that cannot be is noted in the run's status, unless another process writes there."""
     try:
         runtime = Runtime(recipe, stop)
-        launch = {"the sharding": runtime.sharding, "--nodes": environment("GROUP_WORLD_SIZE", "1")}  # torchrun's word for it
+        launch = {
+            "the sharding": runtime.sharding,
+            "the DeepSpeed configuration": digest(runtime.deepspeed),
+            "--nodes": environment("GROUP_WORLD_SIZE", "1"),  # torchrun's word for it
+        }
         runtime.refuse_drift({"the code of mistral-dist": code_fingerprint(), **launch, **versions(), **recipe_facts(recipe)})
         return runtime
     except Exception as error:

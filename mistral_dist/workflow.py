@@ -6,7 +6,7 @@ Whatever the user can mend is found here, before workers start and a model is lo
 import re
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ from mistral_dist.display import evaluating, following, minutes, say, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RunError, TrainingError
 from mistral_dist.files import describe, read_json, remedy
 from mistral_dist.hub import local_path
-from mistral_dist.run import RunDirectory, check_free, check_same, check_writable, holder, move_aside, wait_until_free
+from mistral_dist.run import STARTING, RunDirectory, check_free, check_same, check_writable, holder, move_aside, wait_until_free
 from mistral_dist.runtime import launcher, slurm
 from mistral_dist.runtime.causes import cause, memory_kills, refused, seen_from_here
-from mistral_dist.topology import Topology, check_options, evaluation_line, training_line
+from mistral_dist.topology import ANY, Topology, check_options, evaluation_line, training_line
 
 NOT_ANEW = "not {}, which would begin anew each time it is started again; set run.dir=... for a new run, or move the old one away yourself"
-ANY = Topology()
-"""Nothing asked for: all of it is decided here."""
-
+TOO_SOON = "stopped before its workers had begun"
 TAIL = 15
 """Lines of the log that are shown where workers died without a word of ours."""
 
@@ -62,16 +60,28 @@ def start_training(
     launched = time.monotonic()
     before = log.stat().st_size if log.is_file() else 0
     kills = memory_kills()
-    with following(run) if log == run.log else nullcontext(lambda: None) as tick:
-        code = launcher.run(line, log, tick, say, started)
+    code = _launch(run, line, log, started)
     if code == STOPPED:
-        say(f"{run.path}: stopped before its workers had begun; run the same command to go on")
+        say(f"{run.path}: {TOO_SOON}; run the same command to go on")
         return STOPPED
     said = _since(log, before) if code != FINISHED else ""
     if refused(said):  # of two that start at once, one trains: how that run goes is not for this process to write down
         raise RunError(refused(said))
     why = cause(said, memory_kills() - kills) if code != FINISHED else None
     return _ended(run, log, code, status, time.monotonic() - launched, why, seen_from_here(said))
+
+
+def _launch(run: RunDirectory, line: launcher.Line, log: Path, started: float) -> int:
+    """Have the workers started, and stay with them to their end. On node 0, which writes, the status says that they are on their way."""
+    if log != run.log:
+        return launcher.run(line, log, lambda: None, say, started)
+    with suppress(OSError):  # a full disk is the workers' to tell
+        run.set_status("running", None, STARTING, job=slurm.job())
+    with following(run) as tick:
+        code = launcher.run(line, log, tick, say, started)
+    if code == STOPPED:
+        run.set_status("stopped", STOPPED, TOO_SOON)
+    return code
 
 
 def check_training(recipe: Recipe, asked: Topology = ANY, *, fresh: bool = False) -> None:
@@ -82,9 +92,10 @@ def check_training(recipe: Recipe, asked: Topology = ANY, *, fresh: bool = False
     run = RunDirectory(recipe.run_dir)
     check_writable(run.path)
     wait_until_free(run.path, say)
-    if not _is_finished(recipe, run, run.status()):
-        local_path(recipe.model)
-        prepare_for_training(recipe, elsewhere=True)
+    if _is_finished(recipe, run, run.status()):
+        raise RunError(f"{run.path}: is finished, so there is nothing to start a job for")
+    local_path(recipe.model)
+    prepare_for_training(recipe, elsewhere=True)
 
 
 def _is_finished(recipe: Recipe, run: RunDirectory, status: dict[str, Any] | None) -> bool:
@@ -112,9 +123,9 @@ def refuse_fresh(asked: Topology) -> None:
         raise RunError(f"--fresh: {NOT_ANEW.format('in a SLURM job' if slurm.job() else 'on several nodes')}")
 
 
-def start_evaluation(run: RunDirectory, words: Sequence[str] = (), *, processes: int | None = None) -> dict[str, Any]:
+def start_evaluation(run: RunDirectory, words: Sequence[str] = (), asked: Topology = ANY) -> dict[str, Any]:
     """Evaluate a finished run; return what test.json holds. Raises TrainingError with the reason where it failed."""
-    line = evaluation_line(run.path, words, processes)
+    line = evaluation_line(run.path, words, asked)
     _announce(line, run.log)
     folder = run.path / "evaluation"
     for leftover in ("failure.json", "progress.json"):

@@ -7,16 +7,17 @@
 #SBATCH --output=slurm-%j.log
 # Score base and tuned model of a finished run on all GPUs of one node; writes RUN/evaluation/ (docs/slurm.md).
 #   sbatch --gpus-per-node=8 --cpus-per-gpu=8 --time=1:00:00 slurm/evaluate.sh RUN [section.field=value ...]
-#   slurm/evaluate.sh RUN ...      # submits as slurm/site.env says
+#   slurm/evaluate.sh RUN ...      # looks at run, data and base first, then submits as slurm/site.env says
 set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
 site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
+if [[ -n "${SITE_ENV:-}" && ! -f "$site" ]]; then echo "SITE_ENV=$site: no such file" >&2; exit 2; fi
 trap 'echo "$site, line $LINENO: failed: $BASH_COMMAND" >&2; exit 2' ERR
 set -a +u
 # shellcheck source=/dev/null
-if [[ -f "$site" ]]; then . "$site"; fi
+if [[ -f "$site" ]]; then . <(cat "$site"; echo; echo true); fi # its last line may well be a test
 set +a -u
 trap - ERR
 read -ra container <<<"${CONTAINER:-}"
@@ -25,7 +26,8 @@ if ! command -v "${container[0]:-mistral-dist}" >/dev/null; then
     exit 2
 fi
 
-if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it runs as a job
+    ${container[@]+"${container[@]}"} mistral-dist evaluate --check "$@" || exit
     sbatch "$0" "$@" && exit
     echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2
     exit 2
@@ -33,4 +35,4 @@ fi
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRITON_CACHE_DIR="/tmp/mistral-dist-$UID/triton"
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
-exec srun --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mistral-dist evaluate "$@"
+exec srun --export=ALL --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mistral-dist evaluate "$@"

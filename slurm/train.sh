@@ -16,11 +16,13 @@ set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
+trap 'early=yes' USR1 # before there is a run to ask
 site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
+if [[ -n "${SITE_ENV:-}" && ! -f "$site" ]]; then echo "SITE_ENV=$site: no such file" >&2; exit 2; fi
 trap 'echo "$site, line $LINENO: failed: $BASH_COMMAND" >&2; exit 2' ERR
 set -a +u
 # shellcheck source=/dev/null
-if [[ -f "$site" ]]; then . "$site"; fi
+if [[ -f "$site" ]]; then . <(cat "$site"; echo; echo true); fi # its last line may well be a test
 set +a -u
 trap - ERR
 read -ra container <<<"${CONTAINER:-}"
@@ -28,8 +30,9 @@ if ! command -v "${container[0]:-mistral-dist}" >/dev/null; then
     echo "${container[0]:-mistral-dist}: not found; say in $site how a job finds the software (docs/slurm.md)" >&2
     exit 2
 fi
+if [[ ! "${MAX_RESTARTS:-20}" =~ ^[0-9]+$ ]]; then echo "$site: MAX_RESTARTS=$MAX_RESTARTS: a whole number is wanted" >&2; exit 2; fi
 
-if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it runs as a job
     ${container[@]+"${container[@]}"} mistral-dist train --check "$@" || exit
     sbatch "$0" "$@" && exit
     echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2
@@ -42,11 +45,15 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRITON_CACHE_DIR="/tmp/mistral-dis
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # one task on each node, which starts all its workers; where one ends, the others have two minutes to follow
-srun --kill-on-bad-exit=0 --wait=120 ${container[@]+"${container[@]}"} mistral-dist train "$@" &
+# --export: whatever was left out on the way into the job, the tasks see what site.env says
+srun --export=ALL --kill-on-bad-exit=0 --wait=120 ${container[@]+"${container[@]}"} mistral-dist train "$@" &
 run=$!
-cancelled=
-trap 'trapped=yes; echo "$(date +%FT%T) USR1: the run is asked to save and stop"; kill -USR1 "$run" 2>/dev/null' USR1
-trap 'trapped=yes; cancelled=yes' TERM # scancel reaches the run by itself
+warned="" cancelled=""
+ask() { warned=yes; echo "$(date +%FT%T) USR1: the run is asked to save and stop"; kill -USR1 "$run" 2>/dev/null; }
+trap 'trapped=yes; ask' USR1
+# scancel, which reaches the run by itself; after a warning it is the time limit, and the save may still get through
+trap 'trapped=yes; [[ -n "$warned" ]] || cancelled=yes' TERM
+if [[ -n "${early:-}" ]]; then ask; fi
 # bash runs a trap only while it waits, and that ends the wait: wait again for the run itself
 while trapped=; wait "$run"; code=$?; [[ -n "$trapped" ]]; do :; done
 
@@ -54,7 +61,8 @@ while trapped=; wait "$run"; code=$?; [[ -n "$trapped" ]]; do :; done
 if [[ $code -eq 85 && -z "$cancelled" ]]; then
     if [[ ${SLURM_RESTART_COUNT:-0} -ge ${MAX_RESTARTS:-20} ]]; then
         echo "went back into the queue ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS); submit the same line again to go on"
-    elif ! scontrol requeue "$SLURM_JOB_ID"; then
+    else
+        for pause in 10 10 0; do scontrol requeue "$SLURM_JOB_ID" && exit "$code"; sleep "$pause"; done # the controller may be away for a moment
         echo "this cluster does not let the job go back into the queue; submit the same line again to go on"
     fi
 fi

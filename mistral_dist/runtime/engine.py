@@ -52,8 +52,8 @@ class Runtime:
             if zero and not has_gpu:
                 without_compiled_collectives()
         grouped = zero is not None or self.world_size > 1
-        self.zero_stage = zero["zero_optimization"]["stage"] if zero else 0
-        self.is_offloaded = zero is not None and offloads(zero["zero_optimization"])
+        self.deepspeed = zero or {}
+        """DeepSpeed's configuration, without its "auto"; empty without ZeRO."""
         self._accumulation = accumulation
         self._max_grad_norm = recipe.optim.max_grad_norm if recipe else 1.0
         self._accelerator = Accelerator(
@@ -92,7 +92,8 @@ class Runtime:
         """Note where this rank stands now; for the watch. Every rank makes the same calls in the same order."""
         now = time.monotonic()
         if self.place.phase == "saving":
-            self.note_save(now - self._arrived)
+            if not self.is_writing():  # else that was the gather alone, and the writer will say how long all of it took
+                self.note_save(now - self._arrived)
             self._control.deadline.rest()
         self._arrived = now
         self.place = Place(self.place.moves + 1, phase, step, micro)
@@ -130,6 +131,16 @@ class Runtime:
                 self.rank, self.world_size, board(), stall_seconds,
                 place=lambda: self.place, pace=lambda: self._pace.median(ENOUGH), stacks=stacks, report=report, say=say,
             )  # fmt: skip
+
+    @property
+    def zero_stage(self) -> int:
+        """1, 2 or 3; 0 without ZeRO."""
+        return int(self.deepspeed["zero_optimization"]["stage"]) if self.deepspeed else 0
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the optimizer's state is in the machine's own memory."""
+        return bool(self.deepspeed) and offloads(self.deepspeed["zero_optimization"])
 
     @property
     def sharding(self) -> str:

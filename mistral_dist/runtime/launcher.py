@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from mistral_dist.errors import FAILED, STOPPED
+from mistral_dist.errors import FAILED, STOPPED, RecipeError
 from mistral_dist.runtime import process
 from mistral_dist.runtime.nodes import Nodes, interface
 
@@ -71,9 +71,14 @@ def visible_gpus() -> int:
 
 
 def join_seconds() -> int | None:
-    """How long machines wait for each other at the start, where the environment says so (MISTRAL_DIST_JOIN_SECONDS)."""
+    """How long machines wait for each other at the start, where the environment says so (MISTRAL_DIST_JOIN_SECONDS).
+
+    Raises RecipeError for what is no number.
+    """
     told = process.environment("MISTRAL_DIST_JOIN_SECONDS")
-    return int(told) if told.isdigit() else None
+    if told and not told.isdigit():
+        raise RecipeError(f"MISTRAL_DIST_JOIN_SECONDS={told}: a whole number of seconds is wanted")
+    return int(told) if told else None
 
 
 def threads_per_process(processes: int) -> int:

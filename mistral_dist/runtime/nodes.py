@@ -52,7 +52,7 @@ def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | N
             " workers: srun --ntasks-per-node=1"
         )
     if count is None and task is not None and task.nodes > 1:
-        return Nodes(task.nodes, task.node, *_host_and_port(main or f"{slurm.first_node(task)}:{slurm.port(task)}"))
+        return Nodes(task.nodes, task.node, *_host_and_port(main or slurm.first_node(task), slurm.port(task)))
     if count is None and (rank is not None or main):
         raise RecipeError("--node-rank and --main-address go with --nodes, the number of machines; without it there is one")
     if count is None or count == 1:
@@ -63,7 +63,7 @@ def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | N
         raise RecipeError(f"--node-rank {rank}: of {count} nodes the last is {count - 1}; they count from 0")
     if not main:
         raise RecipeError(f"--nodes {count}: where do they meet? Add --main-address HOST[:PORT], the address of node 0, the same on all")
-    return Nodes(count, rank, *_host_and_port(main))
+    return Nodes(count, rank, *_host_and_port(main, PORT))
 
 
 def interface(nodes: Nodes) -> str | None:
@@ -98,9 +98,9 @@ def _is_name(host: str) -> bool:
     return host != "localhost"
 
 
-def _host_and_port(main: str) -> tuple[str, int]:
+def _host_and_port(main: str, port_if_none: int) -> tuple[str, int]:
     """`HOST`, `HOST:PORT`, or an IPv6 address, with a port in brackets: `[ADDRESS]:PORT`."""
     host, colon, port = main.rpartition(":") if main.count(":") == 1 or "]:" in main else (main, "", "")
     if colon and not (port.isdigit() and 0 < int(port) < 65536):
         raise RecipeError(f"--main-address {main}: {port or 'nothing'} is no port; HOST[:PORT] is wanted")
-    return host.strip("[]"), int(port) if port else PORT
+    return host.strip("[]"), int(port) if port else port_if_none

@@ -75,13 +75,18 @@ def first_name(names: str) -> str:
 
 
 def state(job: str) -> str | None:
-    """How the scheduler says that a job stands, in words: `RUNNING on n[1-2]`; None where it says nothing, or there is none."""
+    """How the scheduler says that a job stands, in words: `RUNNING on n[1-2]`.
+
+    Empty where it knows no such job, or there is none to ask; None where it does not answer.
+    """
     if shutil.which("squeue") is None:
-        return None
+        return ""
     words = ["squeue", "--noheader", "--states=all", "--jobs", job, "--Format=State:|,NodeList:|,Reason:|"]
     with suppress(subprocess.TimeoutExpired):
         done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
         what, where, why, *_ = [*done.stdout.strip().split("|"), "", "", ""]
         if what:
             return f"{what}{f' on {where}' if where else ''}{f' ({why})' if why not in ('', 'None') else ''}"
+        if done.returncode == 0 or "Invalid job id" in done.stderr:
+            return ""
     return None

@@ -209,9 +209,9 @@ class Watch:
         looked = time.monotonic()
         while not self._over.wait(self._every):
             now = time.monotonic()
-            was_away, looked = self._was_away(looked, now), now
             with suppress(RuntimeError):  # the connection to the store is broken: see _look_after_store
-                self._look(now, was_away)
+                self._look(now, self._was_away(looked, now))
+            looked = time.monotonic()  # of many ranks a look takes seconds, in which this process was not away
 
     def _look_after_store(self) -> None:
         looked = time.monotonic()

@@ -66,6 +66,7 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, world_size: int, f
 CHANGES_NUMBERS = {
     *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
     *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "zeropp_loco_param"),
+    *("gradient_allreduce_op", "zenflow"),
     *("compression_training", "quantize_training", "progressive_layer_drop", "curriculum_learning", "data_efficiency"),
 }
 """What DeepSpeed offers to round, leave out or reorder."""
@@ -80,12 +81,18 @@ def _refused_in_deepspeed(config: dict[str, Any]) -> Iterator[str]:
         if key in config:
             yield f"{key} is the recipe's to decide; remove the section"
     zero = config.get("zero_optimization", {})
-    for section, place in ((config, ""), (zero, "zero_optimization.")):
-        for key in sorted(section.keys() & CHANGES_NUMBERS):
-            yield f"{place}{key} changes what is learned; remove it"
+    yield from _changes_numbers(config, zero)
     if zero.get("stage") not in (1, 2, 3):
         yield "zero_optimization.stage must be 1, 2 or 3; without ZeRO use configs/accelerate/data_parallel.yaml"
     yield from _refused_in_offload(config, zero)
+
+
+def _changes_numbers(config: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:
+    for section, place in ((config, ""), (zero, "zero_optimization.")):
+        for key in sorted(section.keys() & CHANGES_NUMBERS):
+            yield f"{place}{key} changes what is learned; remove it"
+    if (config.get("data_types") or {}).get("grad_accum_dtype") not in (None, "fp32"):
+        yield 'data_types.grad_accum_dtype changes what is learned; write "fp32"'
 
 
 def _refused_in_offload(config: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:

@@ -148,14 +148,30 @@ def test_a_worker_need_not_wait_for_the_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("words", "shown"),
-    [(["train", "--nope"], "--nope"), (["train"], "RECIPE"), (["nope"], "nope"), (["train", "r.yaml", "--zero", "4"], "--zero")],
+    [
+        (["train", "--nope"], "--nope"),
+        (["train"], "Missing argument 'RECIPE'; see `mistral-dist train --help`"),
+        (["nope"], "No such command 'nope'"),
+        (["train", "r.yaml", "--zero", "4"], "'--zero'"),
+        (["train", "r.yaml", "--gpus", "four"], "'--gpus'"),
+        (["train", "r.yaml", "--node-rank", "-1"], "'--node-rank'"),
+        (["evaluate", "runs/x", "--gpus", "1", "--processes", "1"], "no run there"),
+    ],
 )
 def test_a_mistyped_command_is_the_users_error(words: list[str], shown: str) -> None:
     command = [sys.executable, "-m", "mistral_dist.cli", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == errors.WRONG_INPUT
-    assert "Traceback" not in done.stderr
-    assert shown in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert shown in line
+    assert done.stdout == ""
+
+
+def test_without_a_word_the_command_shows_what_it_can_do() -> None:
+    done = subprocess.run([sys.executable, "-m", "mistral_dist.cli"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "prepare" in done.stdout
 
 
 # packaging

@@ -19,7 +19,7 @@ WAYS = {
     "single_gpu.sh": [str(ROOT / "launch/single_gpu.sh")],
     "multi_gpu.sh": [str(ROOT / "launch/multi_gpu.sh")],
     "debug.sh": [str(ROOT / "launch/debug.sh")],
-    "multi_node.sh": [str(ROOT / "launch/multi_node.sh"), "--gpus", "1"],
+    "multi_node.sh": [str(ROOT / "launch/multi_node.sh"), "--processes", "1"],
     "slurm": [str(ROOT / "slurm/train.sh")],
 }
 
@@ -108,10 +108,16 @@ def test_more_processes_than_packs(write_recipe: WriteRecipe) -> None:
     assert "train.global_batch_size=4: cannot be shared by 5 processes" in line
 
 
-@pytest.mark.parametrize("words", [["--zero", "2"], ["--gpus", "2"], ["--fresh"]])
+@pytest.mark.parametrize("words", [["--zero", "2"], ["--gpus", "2"], ["--fresh"], ["--check"], ["--processes", "1"]])
 def test_what_the_debug_mode_would_ignore(write_recipe: WriteRecipe, words: list[str]) -> None:
     line = refused("mistral-dist", write_recipe(), "--debug", *words)
-    assert "--debug: one process without ZeRO, always begun anew; no --gpus" in line
+    assert "--debug: one process without ZeRO on one machine, always begun anew; no --gpus" in line
+
+
+def test_gpus_that_are_not_there(write_recipe: WriteRecipe) -> None:
+    line = refused("mistral-dist", write_recipe(), "--gpus", "2")
+    assert "--gpus 2: no GPU is visible here; see CUDA_VISIBLE_DEVICES" in line
+    assert "both say how many" in refused("mistral-dist", write_recipe(), "--gpus", "2", "--processes", "2")
 
 
 def test_a_bare_accelerate_launch_names_the_command_that_is_missing(write_recipe: WriteRecipe) -> None:
@@ -142,11 +148,12 @@ def test_a_mistyped_recipe_does_not_wait_for_imports(write_recipe: WriteRecipe) 
         ({"NODES": "2"}, "--nodes 2: which of them is this machine? Add --node-rank 0"),
         ({"NODES": "2", "NODE_RANK": "0"}, "--nodes 2: where do they meet? Add --main-address HOST"),
         ({"NODES": "2", "NODE_RANK": "2", "MAIN_ADDRESS": "gpu1"}, "--node-rank 2: of 2 nodes the last is 1"),
+        ({"NODES": "2", "NODE_RANK": "0", "MAIN_ADDRESS": "gpu1", "GPUS": "3"}, "--gpus 3: no GPU is visible here"),
+        ({"NODES": "2", "NODE_RANK": "1", "MAIN_ADDRESS": "gpu1"}, "no prepared data there; run `mistral-dist prepare`"),
         (
-            {"NODES": "2", "NODE_RANK": "0", "MAIN_ADDRESS": "gpu1", "GPUS": "3"},
-            "train.global_batch_size=4: cannot be shared by 6 processes",
+            {"NODES": "2", "NODE_RANK": "1", "MAIN_ADDRESS": "gpu1", "MISTRAL_DIST_JOIN_SECONDS": "30m"},
+            "MISTRAL_DIST_JOIN_SECONDS=30m: a whole number of seconds is wanted",
         ),
-        ({"NODES": "2", "NODE_RANK": "1", "MAIN_ADDRESS": "gpu1", "GPUS": "1"}, "no prepared data there; run `mistral-dist prepare`"),
     ],
 )
 def test_what_several_nodes_need_is_asked_for(

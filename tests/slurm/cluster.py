@@ -63,17 +63,17 @@ class Cluster:
     folder: Path
     environment: Mapping[str, str]
 
-    def call(self, *words: str | Path, **more: str) -> str:
+    def call(self, *words: str | Path, cwd: Path | None = None, **more: str) -> str:
         """What a SLURM command answers."""
         done = subprocess.run(
-            list(map(str, words)), env={**self.environment, **more}, capture_output=True, text=True, timeout=60, check=False
+            list(map(str, words)), env={**self.environment, **more}, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, (words, done.stdout + done.stderr)
         return done.stdout.strip()
 
-    def submit(self, *words: str | Path, **more: str) -> str:
+    def submit(self, *words: str | Path, cwd: Path | None = None, **more: str) -> str:
         """The id of a submitted job."""
-        return self.call("sbatch", "--parsable", *words, **more)
+        return self.call("sbatch", "--parsable", *words, cwd=cwd, **more)
 
     def job(self, id: str) -> dict[str, str]:
         """What `scontrol show job` says."""

@@ -3,6 +3,8 @@
 Each node has one CPU process; ZeRO-2 shards over the two.
 """
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
-from tests.launch import ROOT, lines, losses_so_far, mistral_dist, status, train
+from tests.launch import COMMAND, ROOT, lines, losses_so_far, mistral_dist, status, train
 from tests.slurm.cluster import Cluster, missing, running, waited
 
 STEPS = 20
@@ -82,8 +84,14 @@ def assert_finished(cluster: Cluster, job: str, run: Path, undisturbed: Path, re
     assert_same_run(run, undisturbed)
 
 
-def test_a_run_of_two_nodes(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
-    job, run = submit()
+def test_a_run_of_two_nodes(cluster: Cluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Submitted without a word of the environment: what a job needs is in the site.env of the folder that it is submitted from."""
+    run, site = tmp_path / "run", tmp_path / "slurm" / "site.env"
+    site.parent.mkdir()
+    known = {"PATH": f"{Path(sys.executable).parent}:$PATH", **{name: value.replace('"', '\\"') for name, value in SLOWLY.items()}}
+    site.write_text("".join(f'{name}="{value}"\n' for name, value in known.items()) + "[[ -d /nowhere ]] && HF_HOME=/nowhere\n")
+    words = ["--nodes=2", "--export=NONE", f"--output={tmp_path}/job-%j.log", SCRIPT, recipe, f"run.dir={run}", "--processes", "1"]
+    job = cluster.submit(*words, cwd=tmp_path)
     waited(lambda: made(run) >= 1, 120, lambda: log_of(run, job))
     told = mistral_dist("status", run, **cluster.environment).stdout
     assert f"SLURM {job}: RUNNING on n[1-2]" in told
@@ -91,6 +99,7 @@ def test_a_run_of_two_nodes(cluster: Cluster, submit: Callable[..., tuple[str, P
     log = log_of(run, job)
     assert "node 0 of 2, which meet at" in log
     assert "node 1 of 2, which meet at" in log
+    assert "which meet at n1, port" in log or "which meet at 127.0.0.1, port" in log, "the first node, or where srun is"
     assert log.count("--machine_rank 1") == log.count("--machine_rank 0") == 1
     assert (run / "log-node1.txt").is_file()
 
@@ -119,11 +128,17 @@ def test_whatever_happens_it_goes_on_by_itself(
     cluster: Cluster,
     submit: Callable[..., tuple[str, Path]],
     undisturbed: Path,
+    tmp_path: Path,
 ) -> None:
-    job, run = submit()
-    waited(lambda: made(run) >= PAST, 120, lambda: log_of(run, job))
-    happens(cluster, job)
-    assert_finished(cluster, job, run, undisturbed, restarts=1)
+    follow = [*COMMAND, "status", str(tmp_path / "run"), "--follow"]
+    with subprocess.Popen(follow, cwd=ROOT, env=dict(cluster.environment), stdout=subprocess.PIPE, text=True) as following:
+        job, run = submit()
+        waited(lambda: made(run) >= PAST, 120, lambda: log_of(run, job))
+        happens(cluster, job)
+        assert_finished(cluster, job, run, undisturbed, restarts=1)
+        shown = following.communicate(timeout=60)[0]
+    assert "nothing there yet; waiting for it to begin" in " ".join(shown.split())
+    assert re.search(r"state\s+finished", shown), "it stayed through the queue"
     assert status(run)["launches"] == 2
     told = (run / "log.txt").read_text()
     assert "going on from checkpoint-" in told
@@ -170,6 +185,57 @@ def test_a_job_that_may_go_on_no_more_says_so(cluster: Cluster, submit: Callable
     assert status(run)["state"] == "stopped"
 
 
+@pytest.mark.matrix
+def test_a_save_that_the_time_limit_overtakes(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
+    """The warning comes too late for the save, which is done while SLURM ends the job: nothing is lost, whoever submits it again."""
+    late = faults.environment(slow={"0": 1.0, "1": 1.0}, slow_save=15)
+    job, run = submit("--time=1", "--signal=B:USR1@5", **late)
+    found = cluster.wait_for(job, "TIMEOUT", "PENDING", seconds=600)
+    print(found["JobState"], found["Restarts"], log_of(run, job))
+    assert_nobody_left(run)
+    print(status(run))
+    again, _ = submit()
+    assert_finished(cluster, again, run, undisturbed, restarts=0)
+
+
+def test_a_finished_run_is_not_submitted_and_is_evaluated(cluster: Cluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    done = submit_by_hand(cluster, recipe, site, f"run.dir={undisturbed}")
+    assert done.returncode == 2
+    assert "is finished, so there is nothing to start a job for" in done.stderr.splitlines()[-1]
+    shutil.rmtree(undisturbed / "evaluation", ignore_errors=True)
+    words = [SCRIPT.with_name("evaluate.sh"), undisturbed, "--processes", "2"]
+    job = cluster.submit(f"--output={tmp_path}/job-%j.log", *words, SITE_ENV=str(site))
+    found = cluster.wait_for(job, "COMPLETED")
+    assert found["ExitCode"] == "0:0", (tmp_path / f"job-{job}.log").read_text()
+    assert "accuracy" in (undisturbed / "evaluation/test.json").read_text()
+    for run, told in ((tmp_path / "nothing", "no run there"), (undisturbed, "is part of what was trained")):
+        more = ["lora.r=3"] if run == undisturbed else []
+        words = [SCRIPT.with_name("evaluate.sh"), run, *more]
+        done = subprocess.run(
+            words, env={**cluster.environment, "SITE_ENV": str(site)}, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert told in line
+
+
+def test_a_mistake_on_one_node_alone_is_told_there_and_ends_the_job(
+    cluster: Cluster, submit: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    site = tmp_path / "python" / "sitecustomize.py"
+    site.parent.mkdir()
+    only_here = "import os, sys\nif os.environ.get('SLURM_NODEID') == '1' and 'train' in sys.argv: sys.argv.append('data.dir=nowhere')\n"
+    site.write_text(only_here)
+    job, run = submit(PYTHONPATH=str(site.parent))
+    found = cluster.wait_for(job, "FAILED")
+    assert (found["ExitCode"], found["Restarts"]) == ("137:0", "0"), log_of(run, job)
+    (line,) = [line for line in log_of(run, job).splitlines() if line.startswith("error: ")]
+    assert "no prepared data there; run `mistral-dist prepare`" in line
+    assert_nobody_left(run)
+
+
 MISTAKES = {
     "no GPU": ((), "no GPU is visible; ask for some (sbatch --gres=gpu:4 ...), or say with --processes N"),
     "no data": (("data.dir=nowhere", "--processes", "1"), "no prepared data there; run `mistral-dist prepare`"),
@@ -189,7 +255,7 @@ def test_a_mistake_is_told_in_one_line_and_ends_the_job_with_2(mistake: str, clu
     found = cluster.wait_for(job, "FAILED")
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0"), output.read_text()
     said = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
-    assert said
+    assert len(said) == (4 if tasks else 2), "one line of each task"
     assert all(told in line for line in said)
     assert "Traceback" not in output.read_text()
 
@@ -210,6 +276,7 @@ def submit_by_hand(cluster: Cluster, recipe: Path, site: Path, *words: str) -> "
     ("line", "told"),
     [
         ("module load nosuch", "site.env, line 2: failed: module load nosuch"),
+        ("MAX_RESTARTS=often", "site.env: MAX_RESTARTS=often: a whole number is wanted"),
         ("CONTAINER='nosuch exec image.sif'", "nosuch: not found; say in "),
         ("SBATCH_PARTITION=paid", "sbatch did not take the job; account, partition, GPUs and time are named in "),
         ("SBATCH_PARTITION=nosuch", "sbatch did not take the job; account, partition, GPUs and time are named in "),

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
@@ -74,8 +74,9 @@ def test_steps_that_are_not_finite_are_left_out_and_after_three_the_run_goes_bac
     assert guard.untrained == (2, 4, 5, 7, 8, 9)
     assert guard.losses == (1.0, 1.0, 1.0)
     ((step, trouble),) = alarms
-    assert (step, trouble.first, trouble.last) == (9, 7 - PATIENCE, 9)
+    assert (step, trouble.first, trouble.last) == (9, 1, 9), "only three were trained before"
     assert "not finite in 3 steps in a row" in trouble.because
+    assert after([1.0] * 20 + [None] * 3)[1][0][1].first == 21 - PATIENCE
     assert [step for step, _ in after([None] * 4, train=Train(max_skipped_steps=1))[1]] == [1, 2, 3, 4]
 
 
@@ -87,6 +88,25 @@ def test_after_going_back_the_steps_are_passed_over_and_count_as_no_update() -> 
     assert again.untrained == (11, 12)
     assert again.refused == 0, "what is passed over says nothing about the adapter"
     assert again.losses == guard.losses == saved.losses
+
+
+@pytest.mark.parametrize("kind", ["spike", "not finite"])
+def test_a_run_that_has_gone_back_in_vain_goes_further_back(kind: str) -> None:
+    """The steps that it passed over have not changed the adapter: what comes after them is as bad as it was before them."""
+    train = Train()
+    guard, alarms = after([1.0] * HISTORY + [99.0] * PATIENCE)
+    step, trouble = alarms[0]
+    back = after([1.0] * (trouble.first - 1))[0].after_going_back(after([1.0] * (trouble.first - 1))[0], trouble)
+    guard = replace(back, losses=(1.0,) * HISTORY)
+    for passed in range(trouble.first, step + 1):
+        guard = guard.after_passing(passed)
+    for bad in range(step + 1, step + 1 + (PATIENCE if kind == "spike" else train.max_skipped_steps)):
+        assert guard.trouble(bad - 1, train) is None
+        guard = guard.after(bad, 99.0 if kind == "spike" else None)
+    again = guard.trouble(bad, train)
+    assert again is not None
+    assert again.first == trouble.first - PATIENCE
+    assert again.last == bad
 
 
 @pytest.mark.parametrize("skipped", [1, 3, 5, 9])

@@ -16,7 +16,6 @@ from mistral_dist.config import Lora, Model, Recipe
 from mistral_dist.data.encode import Encoded
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.errors import MachineError, ModelError
-from mistral_dist.evaluate import Candidates, label_row, label_scores
 from mistral_dist.hub import load_tokenizer, local_path
 from mistral_dist.loss import summed_loss
 from mistral_dist.model import (
@@ -179,21 +178,6 @@ def test_a_fresh_adapter_is_the_same_everywhere_and_silent(recipe: Callable[...,
     with torch.no_grad(), models[0].disable_adapter():
         base = summed_loss(models[0], batch)
     torch.testing.assert_close(summed_loss(models[0], batch).detach(), base, rtol=0, atol=0)
-
-
-def test_labels_scored_in_one_row_as_each_alone(recipe: Callable[..., Recipe]) -> None:
-    model = build_trainable(recipe(), CPU, "sdpa").eval()
-    examples = [
-        Candidates(encoded(12, 1, 1).ids.tolist(), [[11, 2], [12, 13, 2], [14, 15, 16, 2]]),
-        Candidates(encoded(7, 1, 2).ids.tolist(), [[21, 2], [22, 23, 2], [2]]),
-    ]
-    scores = label_scores(model, label_row(examples), 2, 3, CPU)
-    for n, example in enumerate(examples):
-        for label, answer in enumerate(example.answers):
-            ids = example.prompt + answer
-            with torch.no_grad():
-                alone = -summed_loss(model, batch_of(Encoded(ids, list(range(len(example.prompt), len(ids))))))
-            torch.testing.assert_close(scores[n, label], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_is_chosen_by_what_is_there(recipe: Callable[..., Recipe]) -> None:

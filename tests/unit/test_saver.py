@@ -189,11 +189,11 @@ def test_what_nobody_expected_ends_the_run(saver: Saver, monkeypatch: pytest.Mon
         saver.newest()
 
 
-def test_a_writer_that_may_not_give_way_ends_with_an_outcome(saver: Saver, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_may_not_give_way_writes_all_the_same(saver: Saver, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "give_way", fails_with(errno.EACCES))
     saver.start(snapshot(5), 0.0)
-    assert saver.newest() == 0
-    assert "checkpoint-5 could not be saved: Permission denied" in said[0]
+    assert saver.newest() == 5
+    assert said == []
 
 
 def test_a_run_that_was_taken_over_is_left_alone(run: RunDirectory, saver: Saver) -> None:

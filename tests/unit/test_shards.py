@@ -17,7 +17,7 @@ def test_moments_may_be_gathered_before_the_first_update() -> None:
     """A run may be asked to stop before it, or its first step is not finite."""
     model = torch.nn.Linear(3, 2)
     runtime: Any = Runtime.__new__(Runtime)
-    runtime.rank, runtime.zero_stage = 0, 0
+    runtime.rank, runtime.deepspeed = 0, {}
     runtime._accelerator = SimpleNamespace(
         prepare_model=lambda model, evaluation_mode: model,
         prepare_optimizer=lambda optimizer: SimpleNamespace(optimizer=optimizer),

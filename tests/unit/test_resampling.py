@@ -1,0 +1,56 @@
+"""Intervals that cover, and a test of whether two models differ."""
+
+import numpy as np
+import pytest
+
+from mistral_dist import metrics, resampling
+from mistral_dist.resampling import interval_of_ratio, intervals_of_counts, mcnemar
+
+
+def test_intervals_of_counts_cover_the_truth() -> None:
+    """Over 1,000 test sets of 300 drawn from a known classifier, the 95 % interval holds the truth about that often."""
+    rng = np.random.default_rng(1)
+    cells = np.array([[0.30, 0.05, 0.05], [0.02, 0.20, 0.08], [0.05, 0.05, 0.20]])
+    truth = {name: float(value) for name, value in metrics.summary(cells * 1e6).items()}
+    held = dict.fromkeys(truth, 0)
+    for _ in range(1000):
+        drawn = rng.multinomial(300, cells.ravel()).reshape(3, 3)
+        for name, interval in intervals_of_counts(drawn, metrics.summary, samples=1000).items():
+            held[name] += interval["low"] <= truth[name] <= interval["high"]
+    for name, times in held.items():
+        assert 0.92 <= times / 1000 <= 0.98, name
+
+
+def test_the_interval_of_a_loss_per_token_covers_the_truth() -> None:
+    """Long examples have lower losses here, as in real text: the ratio is no mean of means."""
+    rng = np.random.default_rng(2)
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = rng.integers(1, 60, n)
+        return tokens * (3 - tokens / 40 + rng.normal(0, 0.7, n)), tokens.astype(np.float64)
+
+    losses, tokens = draw(1_000_000)
+    truth, held = losses.sum() / tokens.sum(), 0
+    for _ in range(500):
+        interval = interval_of_ratio(*draw(200), samples=1000)
+        held += interval["low"] <= truth <= interval["high"]
+    assert 0.92 <= held / 500 <= 0.98
+
+
+def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, ones = np.arange(50.0), np.ones(50)
+    wanted = interval_of_ratio(values, ones, samples=300)
+    monkeypatch.setattr(resampling, "CHUNK", 50 * 7)
+    assert interval_of_ratio(values, ones, samples=300) == wanted
+    assert wanted["value"] == 24.5 and wanted["low"] < 24.5 < wanted["high"]
+
+
+@pytest.mark.parametrize(
+    ("only_base", "only_tuned", "p_value"),
+    [(0, 0, 1.0), (5, 5, 1.0), (0, 6, 2 / 2**6), (1, 9, 22 / 2**10), (9, 1, 22 / 2**10)],
+    ids=["they never differ", "as often", "6 to nothing", "9 to 1", "the other way"],
+)
+def test_mcnemar_is_exact(only_base: int, only_tuned: int, p_value: float) -> None:
+    base = np.array([True] * only_base + [False] * only_tuned + [True, False])
+    tuned = np.array([False] * only_base + [True] * only_tuned + [True, False])
+    assert mcnemar(base, tuned) == {"only_base_right": only_base, "only_tuned_right": only_tuned, "p_value": pytest.approx(p_value)}
