@@ -20,12 +20,12 @@ A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), t
 ## Recipe
 
 ```yaml
-{_publishable(recipe).dump().rstrip()}
+{publishable(recipe).dump().rstrip()}
 ```
 """
 
 
-def _publishable(recipe: Recipe) -> Recipe:
+def publishable(recipe: Recipe) -> Recipe:
     """The recipe without the signatures and passwords that URLs may hold."""
 
     def without_secrets(sources: tuple[Source, ...]) -> tuple[Source, ...]:

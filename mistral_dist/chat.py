@@ -1,4 +1,4 @@
-"""A finished run in the terminal: ask it, base and tuned side by side for classification."""
+"""A finished run in the terminal: ask it, base and tuned side by side."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from mistral_dist.answers import MODELS, as_model, label_row, label_scores, write_answers
+from mistral_dist.answers import MODELS, Which, as_model, label_row, label_scores, write_answers
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import Message
@@ -34,10 +34,11 @@ class Chat:
             result[name] = dict(zip(labels, scores.softmax(0).tolist(), strict=True))
         return result
 
-    def reply(self, turns: Sequence[Message], streamer: Any = None) -> str:
-        """The tuned model's greedy answer to a conversation (pretrain: the continuation of the last turn's text)."""
+    def reply(self, turns: Sequence[Message], streamer: Any = None, which: Which = "tuned") -> str:
+        """A model's greedy answer to a conversation (pretrain: the continuation of the last turn's text)."""
         prompts, tokenizer = [self.encoder.prompt(turns)], self.encoder.tokenizer
-        (answer,) = write_answers(self.model, prompts, tokenizer, self.recipe.evaluate.max_new_tokens, self.device, streamer)
+        with as_model(self.model, which):
+            (answer,) = write_answers(self.model, prompts, tokenizer, self.recipe.evaluate.max_new_tokens, self.device, streamer)
         return answer.text
 
     def printer(self) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_dist.errors import FAILED, FINISHED, STOPPED, WRONG_INPUT, MistralDistError, RecipeError
+from mistral_dist.errors import FAILED, FINISHED, STOPPED, WRONG_INPUT, DataError, MistralDistError, RecipeError
 from mistral_dist.runtime.process import quiet_libraries
 
 app = typer.Typer(
@@ -200,12 +200,65 @@ def evaluate(
     console.print(evaluation_table(start_evaluation(run, overrides or [], Topology(processes, gpus))))
 
 
+@app.command(
+    epilog="Examples: `mistral-dist predict runs/demo texts.jsonl --out predicted.jsonl`;"
+    " `mistral-dist predict runs/chat questions.jsonl evaluate.batch_size=64 evaluate.max_new_tokens=200`"
+)
+def predict(
+    run_folder: RunFolder,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows as those that were trained on, without answers; a file, folder or URL")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="One JSON line for each row; default: predicted.jsonl")] = None,
+    processes: Processes = None,
+    gpus: Gpus = None,
+) -> None:
+    """Have the tuned model answer each row of a file, on all visible GPUs. Killed, it goes on where it was."""
+    from mistral_dist.data.example import BadRow
+    from mistral_dist.display import say
+    from mistral_dist.evaluate import recipe_of
+    from mistral_dist.predict import questions
+    from mistral_dist.run import RunDirectory
+    from mistral_dist.topology import Topology
+    from mistral_dist.workflow import start_prediction
+
+    run, target = RunDirectory(run_folder), out or Path("predicted.jsonl")
+    rows = questions(recipe_of(run, overrides or []), file)
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    if len(bad) == len(rows):
+        raise DataError(f"{bad[0].because}; no row of {file} can be asked")
+    start_prediction(run, file, target, overrides or [], Topology(processes, gpus))
+    trouble = f"; {len(bad):,} could not be asked, the first is {bad[0].because}" if bad else ""
+    say(f"{target}: {len(rows) - len(bad):,} answers{trouble}")
+
+
+@app.command(epilog="Examples: `mistral-dist report runs/demo`; `mistral-dist report runs/demo runs/rank-32 --out both.html`")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="A run directory, or several to compare with the first")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to; default: RUN/report.html, of several comparison.html")] = None,
+) -> None:
+    """Write one page, without a network: what was asked, how it went, what came of it; or how several runs differ."""
+    from mistral_dist.display import say
+    from mistral_dist.files import write_text
+    from mistral_dist.report.facts import Facts
+    from mistral_dist.report.page import comparison, page
+    from mistral_dist.run import RunDirectory
+
+    found = [Facts(RunDirectory(folder)) for folder in runs]
+    for facts in found:
+        facts.run.recipe()
+    file = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    write_text(file, page(found[0]) if len(found) == 1 else comparison(found))
+    say(f"{file}: open it in a browser")
+
+
 @app.command(epilog='Examples: `mistral-dist chat runs/demo`; `mistral-dist chat runs/demo --message "Return a sorted copy of an array."`')
 def chat(
     run_folder: RunFolder,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask this once and leave")] = None,
+    tuned: Annotated[bool, typer.Option("--tuned", help="The tuned model alone, in half the time")] = False,
 ) -> None:
-    """Ask the tuned model in the terminal; a classifier answers with probabilities, beside the base's."""
+    """Ask base and tuned model in the terminal, side by side; a classifier answers with probabilities."""
+    from mistral_dist.answers import MODELS
     from mistral_dist.chat import Chat
     from mistral_dist.display import console, say
     from mistral_dist.errors import DataError
@@ -222,7 +275,10 @@ def chat(
             if recipe.task.kind == "classification":
                 console.print(_probabilities(session.classify(text)))
             else:
-                answer = session.reply([*turns, {"role": "user", "content": text}], session.printer())
+                for which in MODELS[tuned:]:  # the conversation goes on with the tuned model's answer, which is the last
+                    if not tuned:
+                        console.print(f"[dim]{which}:[/dim]")
+                    answer = session.reply([*turns, {"role": "user", "content": text}], session.printer(), which)
                 turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         except DataError as error:
             if message is not None:

@@ -94,14 +94,14 @@ def following(run: RunDirectory) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def evaluating(run: RunDirectory) -> Iterator[Callable[[], None]]:
-    """A function to call often, which shows how the evaluation of a run goes on."""
+def answering(folder: Path, doing: str) -> Iterator[Callable[[], None]]:
+    """A function to call often, which shows how far workers are that note it in a folder."""
     with _live() if console.is_terminal else _plain() as show:
 
         def tick() -> None:
-            progress = read_json(run.path / "evaluation" / "progress.json")
+            progress = read_json(folder / "progress.json")
             if progress is not None:
-                show(progress["done"], progress["total"], "evaluating base and tuned", None)
+                show(progress["done"], progress["total"], doing, None)
 
         yield tick
 

@@ -11,7 +11,6 @@ on another number of ranks. Started by `mistral-dist evaluate`, or directly:
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import xxhash
 
 from mistral_dist import text_metrics
-from mistral_dist.answers import MODELS, Which, as_model
+from mistral_dist.answers import MODELS
 from mistral_dist.checkpoint import latest_good, load_progress
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data.encode import Encoder, load_encoder
@@ -28,7 +27,7 @@ from mistral_dist.data.prepared import Prepared, open_prepared
 from mistral_dist.data.split import TEST
 from mistral_dist.errors import FINISHED, DataError, MistralDistError, RunError
 from mistral_dist.exams import exams_of
-from mistral_dist.exams.exam import Answers, Exam
+from mistral_dist.exams.sitting import take_all
 from mistral_dist.files import write_text
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
@@ -43,11 +42,11 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, A
     """
     records, prepared, encoder = held_out(recipe, run)
     exams = exams_of(recipe, runtime, encoder, records)
-    kept = Unfinished(run.path / "evaluation", runtime.rank, runtime.on_main(lambda: _work(recipe, run, prepared)))
+    kept = Unfinished(run.path / "evaluation", runtime.rank, runtime.on_main(lambda: work_of(recipe, run, prepared.fingerprint)))
     runtime.gather(None)  # all have read what there is before anybody writes
     # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for
     model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
-    answers = _examine(model, exams, kept, runtime, run)
+    answers = take_all(model, exams, MODELS, kept, runtime, run.path / "evaluation")
     result: dict[str, Any] = {"split": TEST, "task": recipe.task.kind, "n": len(records)}
     lines: dict[str, list[Any]] = {"predictions": [], "scores": [], "worst": []}
     for marked in (exam.mark(answers[exam.name]) for exam in exams):
@@ -85,33 +84,10 @@ def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], P
     return records, prepared, encoder
 
 
-def _examine(model: Any, exams: Sequence[Exam], kept: Unfinished, runtime: Runtime, run: RunDirectory) -> dict[str, Answers]:
-    """Have every row of every exam answered by base and tuned, by some rank; what all have found, on each."""
-    rows = [(exam, which, row) for exam in exams for which in MODELS for row in exam.rows]
-    left = [(exam, which, row) for exam, which, row in rows if not all(_key(exam, which, index) in kept.found for index in row)]
-    told = 0.0
-    for n, (exam, which, row) in enumerate(left[runtime.rank :: runtime.world_size]):
-        if runtime.is_main and time.monotonic() - told > 1:
-            told, done = time.monotonic(), len(rows) - len(left) + n * runtime.world_size
-            write_text(run.path / "evaluation" / "progress.json", json.dumps({"done": done, "total": len(rows)}))
-        with as_model(model, which):
-            found = exam.take(model, row)
-        kept.add({_key(exam, which, index): value for index, value in zip(row, found, strict=True)})
-    everything = {key: value for found in runtime.gather(kept.found) for key, value in found.items()}
-    return {
-        exam.name: {which: {index: everything[_key(exam, which, index)] for row in exam.rows for index in sorted(row)} for which in MODELS}
-        for exam in exams
-    }
-
-
-def _work(recipe: Recipe, run: RunDirectory, prepared: Prepared) -> str:
-    """Changes with anything that the answers depend on."""
+def work_of(recipe: Recipe, run: RunDirectory, data: str) -> str:
+    """A fingerprint that changes with anything that the answers depend on; `data`: that of what is asked."""
     adapter = xxhash.xxh128((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return digest({"adapter": adapter, "data": prepared.fingerprint, "recipe": recipe.model_dump(mode="json")})
-
-
-def _key(exam: Exam, which: Which, index: int) -> str:
-    return f"{exam.name}/{which}/{index}"
+    return digest({"adapter": adapter, "data": data, "recipe": recipe.model_dump(mode="json")})
 
 
 def main(words: list[str]) -> int:

@@ -65,14 +65,14 @@ def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module:
     )  # fmt: skip
 
 
-def evaluation_line(run: Path, words: Sequence[str], asked: Topology = ANY) -> launcher.Line:
-    """The line that evaluates a run, on this machine."""
+def evaluation_line(run: Path, words: Sequence[str], asked: Topology = ANY, module: str = "mistral_dist.evaluate") -> launcher.Line:
+    """The line that evaluates a run, or asks it something, on this machine."""
     check_options(asked)
     gpus = launcher.visible_gpus()
     count = processes_per_node(asked, gpus)
     name = "single_gpu" if count == 1 else "data_parallel"
     return launcher.Line(
-        config=assets.find(f"configs/accelerate/{name}.yaml"), module="mistral_dist.evaluate", words=(str(run), *words),
+        config=assets.find(f"configs/accelerate/{name}.yaml"), module=module, words=(str(run), *words),
         processes=count, gpus=gpus > 0, saves=False,
     )  # fmt: skip
 

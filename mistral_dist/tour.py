@@ -8,7 +8,9 @@ from mistral_dist import demo
 from mistral_dist.config import Recipe
 from mistral_dist.display import audit_table, console, evaluation_table, minutes, say
 from mistral_dist.errors import FINISHED, STOPPED
-from mistral_dist.files import read_json
+from mistral_dist.files import read_json, write_text
+from mistral_dist.report.facts import Facts
+from mistral_dist.report.page import page
 from mistral_dist.run import RunDirectory, check_free
 from mistral_dist.runtime.launcher import visible_gpus
 from mistral_dist.runtime.process import StopRequest
@@ -32,6 +34,7 @@ def show(recipe_file: Path, overrides: Sequence[str]) -> int:
     assert result is not None
     console.print()
     console.print(evaluation_table(result))
+    write_text(run.path / "report.html", page(Facts(run)))
     _what_next(recipe, recipe_file, run)
     console.print(f"[dim]{minutes(time.monotonic() - started)}[/dim]")
     return FINISHED
@@ -73,12 +76,14 @@ def _what_next(recipe: Recipe, recipe_file: Path, run: RunDirectory) -> None:
         f"""
 [bold]Where everything lies[/bold]
   {run.adapter}  the adapter, in PEFT's format
-  {run.path}/evaluation  test.json, predictions.jsonl
+  {run.path}/report.html  all of it on one page, for a browser
+  {run.path}/evaluation  test.json, predictions.jsonl, and the worst examples with their rows
   {run.path}/metrics.jsonl  one line for each step; data_order.jsonl beside it
   {recipe.data_dir}  the prepared data, with manifest.json and quarantine.jsonl
 
 [bold]Next[/bold]
   mistral-dist chat {run.path}
+  mistral-dist predict {run.path} texts.jsonl --out predicted.jsonl
   mistral-dist status {run.path}
   mistral-dist train {recipe_file} lora.r=32 run.dir=runs/rank-32   [dim]# change the recipe[/dim]
   kill it in the middle and run the same line again: it goes on, and ends with the same bits

@@ -4,6 +4,7 @@ Whatever the user can mend is found here, before workers start and a model is lo
 """
 
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 
 from mistral_dist import base_cache
 from mistral_dist.config import Recipe
-from mistral_dist.display import evaluating, following, minutes, say, track
+from mistral_dist.display import answering, following, minutes, say, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RunError, TrainingError
 from mistral_dist.files import describe, read_json, remedy
 from mistral_dist.hub import local_path
@@ -125,21 +126,36 @@ def refuse_fresh(asked: Topology) -> None:
 
 def start_evaluation(run: RunDirectory, words: Sequence[str] = (), asked: Topology = ANY) -> dict[str, Any]:
     """Evaluate a finished run; return what test.json holds. Raises TrainingError with the reason where it failed."""
-    line = evaluation_line(run.path, words, asked)
-    _announce(line, run.log)
     folder = run.path / "evaluation"
+    _have_answered(run, evaluation_line(run.path, words, asked), folder, "evaluating base and tuned")
+    result = read_json(folder / "test.json")
+    assert result is not None
+    return result
+
+
+def start_prediction(run: RunDirectory, file: str, out: Path, words: Sequence[str] = (), asked: Topology = ANY) -> None:
+    """Have the tuned model answer each row of a file, into `out`. Raises TrainingError with the reason where that failed."""
+    from mistral_dist.predict import unfinished_of
+
+    folder = unfinished_of(out)
+    _have_answered(run, evaluation_line(run.path, [file, str(out), *words], asked, "mistral_dist.predict"), folder, "answering")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _have_answered(run: RunDirectory, line: launcher.Line, folder: Path, doing: str) -> None:
+    """Start workers that keep in a folder how far they are, and why they failed. Raises TrainingError where they do not finish."""
+    _announce(line, run.log)
     for leftover in ("failure.json", "progress.json"):
         (folder / leftover).unlink(missing_ok=True)
-    with evaluating(run) as tick:
+    with answering(folder, doing) as tick:
         code = launcher.run(line, run.log, tick, say)
     (folder / "progress.json").unlink(missing_ok=True)
-    result, failure = read_json(folder / "test.json"), read_json(folder / "failure.json")
+    failure = read_json(folder / "failure.json")
     if failure is not None:
         raise TrainingError(failure["message"], failure["exit_code"])
-    if code != 0 or result is None:
+    if code != 0:
         _show_tail(run.log)
-        raise TrainingError(f"{run.path}: the evaluation did not end; its last words are above, all of them in {run.log}")
-    return result
+        raise TrainingError(f"{run.path}: ended while {doing}; its last words are above, all of them in {run.log}; run it again to go on")
 
 
 def prepare_if_needed(recipe: Recipe, *, again: bool = False, elsewhere: bool = False) -> Any:

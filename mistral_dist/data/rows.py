@@ -26,6 +26,9 @@ from mistral_dist.data.shapes import (
 )
 from mistral_dist.errors import DataError
 
+NO_ANSWER = "?"
+"""Stands for the answer that is asked for, where a shape has a column for it."""
+
 
 def read_example(row: Row, task: Task, source: Source, index: int = 0) -> Example:
     """The example that a row of source number `index` holds. Raises BadRow with what is wrong and the remedy."""
@@ -38,6 +41,25 @@ def read_example(row: Row, task: Task, source: Source, index: int = 0) -> Exampl
     name = source.format if source.format != "auto" else shape_of(values)
     messages = answered(in_order(SHAPES[name](values)))
     return Example(row.place, messages=messages, tools=tools_of(values), group=group, source=index)
+
+
+def read_question(row: Row, task: Task, source: Source) -> Example:
+    """As `read_example`, of a row whose answer is missing, or is not wanted: a text, or a conversation up to where it is answered.
+
+    Raises BadRow with what is wrong and the remedy.
+    """
+    found = columns(row)
+    values = {**found, **{ours: found[theirs] for ours, theirs in source.columns.items() if theirs in found}}
+    if task.kind in ("classification", "pretrain"):
+        return Example(row.place, text=text_cell(values, "text"))
+    for asked, answer in (("prompt", "completion"), ("instruction", "output")):
+        if values.get(asked) is not None and values.get(answer) is None:
+            values[answer] = NO_ANSWER
+    turns = in_order(SHAPES[source.format if source.format != "auto" else shape_of(values)](values))
+    asking = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    if not asking or asking[-1]["role"] not in ("user", "tool"):
+        raise BadRow("no_question", "nothing to answer: the conversation has no turn of the user; add one or remove the row")
+    return Example(row.place, messages=asking, tools=tools_of(values))
 
 
 def benchmark_texts(row: Row) -> list[str]:

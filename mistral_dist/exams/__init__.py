@@ -1,6 +1,7 @@
 """What held-out examples are asked, and what the answers of base and tuned are worth: one file for each kind of question.
 
 exam         what all have in common
+sitting      every row answered by some rank, and kept
 labels       classification: how likely is each label; or which one is written
 losses       how likely is the reference; loss and perplexity
 written      what is written instead of the reference

@@ -41,15 +41,19 @@ class Marked:
     """Where the tuned model is furthest off, with the rows that the examples came from."""
 
 
-class Exam(Protocol):
-    """One kind of question about a split."""
+class Questions(Protocol):
+    """One kind of question about many examples."""
 
     name: str
     rows: list[list[int]]
-    """Indices of records that are answered together."""
+    """Indices of examples that are answered together."""
 
     def take(self, model: Any, row: Sequence[int]) -> list[Any]:
         """What the model says of each example of a row."""
+
+
+class Exam(Questions, Protocol):
+    """Questions whose right answers are known."""
 
     def mark(self, answers: Answers) -> Marked:
         """What all answers are worth."""

@@ -41,7 +41,7 @@ class Labels:
         scores = [{"id": self._records[index]["id"], **{which: answers[which][index] for which in MODELS}} for index in everyone]
         worst = []
         for index in everyone:
-            label, likely = labels.index(self._records[index]["label"]), _probabilities(answers["tuned"][index])
+            label, likely = labels.index(self._records[index]["label"]), probabilities(answers["tuned"][index])
             if label != (tuned := given["tuned"][index]):
                 sure = {"probability": round(float(likely.max()), 4), "probability_of_label": round(float(likely[label]), 4)}
                 worst.append(shown(self._records[index], label=labels[label], tuned=labels[tuned or 0], **sure))
@@ -106,7 +106,7 @@ def _label(written: str, labels: Sequence[str]) -> int | None:
     return next((n for n, label in enumerate(labels) if label.casefold() == written.casefold()), None)
 
 
-def _probabilities(scores: Sequence[float]) -> np.ndarray:
+def probabilities(scores: Sequence[float]) -> np.ndarray:
     """Of the labels alone: the likelihoods of the whole answers, normalised over them."""
     weights = np.exp(np.array(scores) - max(scores))
     return np.asarray(weights / weights.sum())

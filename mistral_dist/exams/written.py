@@ -1,6 +1,6 @@
 """Conversations: what the model writes instead of the last answer, and how near it is to that."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mistral_dist import text_metrics
@@ -12,24 +12,32 @@ from mistral_dist.exams.exam import Answers, Marked, Records, by_length
 from mistral_dist.runtime.engine import Runtime
 
 
-class Written:
-    """Greedy answers to as many conversations as the recipe says. An answer: [text, whether it ended by itself]."""
+class Writer:
+    """Greedy answers to prompts of token ids, by index. An answer: [text, whether it ended by itself]."""
 
     name = "written"
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, encoder: Encoder, records: Records) -> None:
-        self._rules, self._device, self._tokenizer, self._records = recipe.evaluate, runtime.device, encoder.tokenizer, records
-        chosen = _chosen(records, recipe.evaluate.answers)
-        examples = {index: from_record(records[index]) for index in chosen}
-        self._prompts = {index: encoder.prompt(example.messages[:-1], example.tools) for index, example in examples.items()}
-        self._references = {index: str(example.messages[-1]["content"]) for index, example in examples.items()}
-        self.rows = by_length(self._prompts, recipe.evaluate.batch_size)
+    def __init__(self, recipe: Recipe, runtime: Runtime, encoder: Encoder, prompts: Mapping[int, Sequence[int]]) -> None:
+        self._rules, self._device, self._tokenizer, self._prompts = recipe.evaluate, runtime.device, encoder.tokenizer, prompts
+        self.rows = by_length(prompts, recipe.evaluate.batch_size)
 
     def take(self, model: Any, row: Sequence[int]) -> list[Any]:
         """[text, ended] of each example."""
         prompts = [self._prompts[index] for index in row]
         found = write_answers(model, prompts, self._tokenizer, self._rules.max_new_tokens, self._device)
         return [[answer.text, answer.ended] for answer in found]
+
+
+class Written(Writer):
+    """Answers to as many conversations as the recipe says."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, encoder: Encoder, records: Records) -> None:
+        chosen = _chosen(records, recipe.evaluate.answers)
+        examples = {index: from_record(records[index]) for index in chosen}
+        prompts = {index: encoder.prompt(example.messages[:-1], example.tools) for index, example in examples.items()}
+        super().__init__(recipe, runtime, encoder, prompts)
+        self._records = records
+        self._references = {index: str(example.messages[-1]["content"]) for index, example in examples.items()}
 
     def mark(self, answers: Answers) -> Marked:
         """Each measure of text_metrics, and what each model wrote."""

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mistral_dist.data.shards import read_shards
 from tests.conftest import WriteRecipe
+from tests.flow.browser import look
 from tests.launch import COMMAND, ROOT, kill, lines, mistral_dist, run_dir, status, wait_for, workers
 
 PLAIN_PEFT = """
@@ -170,6 +172,77 @@ def test_labels_that_are_written_are_counted_as_such(trained: Path, tmp_path: Pa
     assert agreed >= 0.9 * sum(line["tuned"] is not None for line in predictions)
 
 
+def test_rows_of_a_file_are_answered_in_their_order_and_again_after_a_kill(trained: Path, tmp_path: Path) -> None:
+    """The labels of the evaluation, for its texts, with a row among them that cannot be asked."""
+    run, file, out = run_dir(trained), tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
+    evaluated = lines(run / "evaluation/predictions.jsonl")
+    texts = {record["id"]: record["text"] for record in read_shards(trained.parent / "data/test")}
+    rows: list[dict[str, object]] = [{"text": texts[line["id"]]} for line in evaluated]
+    rows.insert(3, {"words": "no text"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["predict", str(run), str(file), "evaluate.max_tokens=300", "--out", str(out), "--processes"]
+    kept = ".out.jsonl-unfinished/unfinished-*.jsonl"
+    with subprocess.Popen([*COMMAND, *words, "1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+        wait_for(lambda: any(len(one.read_text().splitlines()) > 2 for one in tmp_path.glob(kept)))
+        kill(started.pid)
+    wait_for(lambda: not workers(run))
+    assert not out.exists()
+    done = mistral_dist(*words, "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert f"{len(evaluated)} answers; 1 could not be asked, the first is {file}:4: " in said
+    answers = lines(out)
+    assert answers.pop(3)["error"].startswith(f"{file}:4: ")
+    assert [answer["label"] for answer in answers] == [line["tuned"] for line in evaluated]
+    assert all(sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5) for answer in answers)
+    assert not (tmp_path / ".out.jsonl-unfinished").exists()
+    file.write_text('{"words": "no text"}\n')
+    done = mistral_dist("predict", run, file)
+    assert done.returncode == 2
+    assert f"{file}:1: " in done.stderr and "can be asked" in done.stderr
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_is_one_page_that_needs_no_network(trained: Path, tmp_path: Path, width: int) -> None:
+    run, page = run_dir(trained), tmp_path / "report.html"
+    done = mistral_dist("report", run, "--out", page)
+    assert done.returncode == 0, done.stderr
+    seen = look(page, tmp_path, width)
+    assert seen.complaints == []
+    assert seen.asked == []
+    assert len(seen.charts) == 2 + 5 + 2, "labels, lengths; five curves; measures, confusion"
+    assert all(200 < chart <= width for chart in seen.charts), seen.charts
+    assert seen.needed <= seen.width <= width, "nothing sticks out"
+    test = json.loads((run / "evaluation/test.json").read_text())
+    for words in (
+        "finished at step 30 of 30",
+        "near duplicate",
+        f"{test['tuned']['accuracy']['value']:.3f}",
+        "Furthest off",
+        "rows.jsonl:",
+    ):
+        assert words in seen.dom
+
+
+def test_runs_are_compared_in_recipe_and_result(trained: Path, tmp_path: Path) -> None:
+    first, second = run_dir(trained), tmp_path / "other"
+    shutil.copytree(first, second)
+    lines_of = lines(second / "evaluation/predictions.jsonl")
+    right = [{**line, "tuned": line["label"]} for line in lines_of]
+    (second / "evaluation/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in right))
+    recipe = json.loads(json.dumps(yaml.safe_load((second / "recipe.yaml").read_text())))
+    recipe["lora"]["r"] = 32
+    (second / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = mistral_dist("report", first, second, "--out", tmp_path / "both.html")
+    assert done.returncode == 0, done.stderr
+    seen = " ".join(re.sub(r"<[^>]*>", " ", (tmp_path / "both.html").read_text().partition("<body>")[2]).split())
+    wrong = sum(line["tuned"] != line["label"] for line in lines_of) / len(lines_of)
+    assert f"accuracy +{wrong:.3f}, 95 % interval" in seen
+    assert ": real (McNemar" in seen
+    assert "lora.r 4 32" in seen
+    assert "run.dir" not in seen
+
+
 def test_chat_answers_with_probabilities(trained: Path) -> None:
     text = json.loads((trained.parent / "rows.jsonl").read_text().splitlines()[0])["text"]
     done = mistral_dist("chat", run_dir(trained), "--message", text)
@@ -234,6 +307,20 @@ def test_the_other_tasks_train_and_are_measured_by_their_loss(write_recipe: Writ
         assert test["tuned"]["written"]["stop_rate"]["value"] == sum(line["tuned_ended"] for line in predictions) / 8
     done = mistral_dist("chat", run_dir(recipe), "--message", "Say 5")
     assert done.returncode == 0, done.stderr
+    assert "base:" in done.stdout and "tuned:" in done.stdout
+    asked = (
+        {"messages": [{"role": "user", "content": "Say 5"}]}
+        if kind == "chat"
+        else {"prompt": "Say 5"}
+        if kind == "instruct"
+        else {"text": "Say"}
+    )
+    (run_dir(recipe) / "ask.jsonl").write_text(json.dumps(asked) + "\n")
+    words = ["evaluate.max_new_tokens=8", "--out", run_dir(recipe) / "said.jsonl", "--processes", "1"]
+    done = mistral_dist("predict", run_dir(recipe), run_dir(recipe) / "ask.jsonl", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = lines(run_dir(recipe) / "said.jsonl")
+    assert isinstance(line["answer"], str) and line["ended"] in (True, False)
 
 
 def test_debug_mode_takes_twenty_steps_in_a_run_of_its_own_and_looks_at_them(write_recipe: WriteRecipe) -> None:

@@ -185,19 +185,6 @@ def test_a_job_that_may_go_on_no_more_says_so(cluster: Cluster, submit: Callable
     assert status(run)["state"] == "stopped"
 
 
-@pytest.mark.matrix
-def test_a_save_that_the_time_limit_overtakes(cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path) -> None:
-    """The warning comes too late for the save, which is done while SLURM ends the job: nothing is lost, whoever submits it again."""
-    late = faults.environment(slow={"0": 1.0, "1": 1.0}, slow_save=15)
-    job, run = submit("--time=1", "--signal=B:USR1@5", **late)
-    found = cluster.wait_for(job, "TIMEOUT", "PENDING", seconds=600)
-    print(found["JobState"], found["Restarts"], log_of(run, job))
-    assert_nobody_left(run)
-    print(status(run))
-    again, _ = submit()
-    assert_finished(cluster, again, run, undisturbed, restarts=0)
-
-
 def test_a_finished_run_is_not_submitted_and_is_evaluated(cluster: Cluster, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.env"
     site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')

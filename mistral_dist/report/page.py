@@ -1,0 +1,107 @@
+"""Facts and charts -> one HTML file: light or dark as the reader's screen is, for narrow screens, too."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from mistral_dist.display import minutes
+from mistral_dist.report import charts
+from mistral_dist.report.compare import difference, differing_fields
+from mistral_dist.report.facts import Facts
+
+WORST, SAMPLES = 12, 8
+"""Examples shown."""
+MEASURES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss", "perplexity")
+
+
+def page(facts: Facts) -> str:
+    """The report of one run."""
+    test, manifest = facts.test, facts.manifest
+    predictions = facts.evaluation("predictions")
+    return _render(
+        "run.html",
+        title=facts.name,
+        facts=facts,
+        recipe=facts.recipe,
+        recipe_text=facts.recipe.dump(),
+        manifest=manifest,
+        splits=charts.splits(manifest) if manifest else None,
+        lengths=charts.lengths(facts.lengths) if facts.lengths is not None and len(facts.lengths) else None,
+        curves=charts.curves(facts),
+        spent=minutes(sum(entry["seconds"] for entry in facts.steps)),
+        test=test,
+        rows=_measures(test) if test else [],
+        measures=charts.measures(test) if test else None,
+        confusion=charts.confusion(test["labels"], test["tuned"]["confusion_matrix"]) if test and "labels" in test else None,
+        verdict=_verdict(test),
+        worst=facts.evaluation("worst")[:WORST],
+        samples=[line for line in predictions if "reference" in line][:SAMPLES],
+        commands=_commands(facts),
+    )
+
+
+def comparison(runs: Sequence[Facts]) -> str:
+    """Several runs, each compared with the first."""
+    tests = [facts.test for facts in runs]
+    names = [name for name in MEASURES if any(test and name in test["tuned"] for test in tests)]
+    return _render(
+        "comparison.html",
+        title=" · ".join(facts.name for facts in runs),
+        runs=runs,
+        fields=differing_fields(runs),
+        rows=[(name.replace("_", " "), [_told(test["tuned"].get(name)) if test else "" for test in tests]) for name in names],
+        differences=[difference(runs[0], facts) for facts in runs[1:]],
+    )
+
+
+def _render(template: str, **known: Any) -> str:
+    loader = jinja2.PackageLoader("mistral_dist.report", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"chart": lambda figure: jinja2.utils.markupsafe.Markup(charts.html(figure)), "thousands": "{:,}".format}
+    return environment.get_template(template).render(plotly=jinja2.utils.markupsafe.Markup(get_plotlyjs()), **known)
+
+
+def _measures(test: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(measure, base, tuned) in words."""
+    base, tuned = test["base"], test["tuned"]
+    # where each answer is a label, all that is said over all decisions is the accuracy
+    known = [name for name in base if not name.endswith("_micro") or base[name] != base["accuracy"] or tuned[name] != tuned["accuracy"]]
+    found = [(name, base[name], tuned[name]) for name in known if _is_interval(base[name])]
+    written = base.get("written", {})
+    found += [(name, written[name], tuned["written"][name]) for name in written if _is_interval(written[name])]
+    return [(name.replace("_", " "), _told(before), _told(after)) for name, before, after in found]
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
+
+
+def _told(measure: dict[str, float] | None) -> str:
+    return "" if measure is None else f"{measure['value']:.3f}  [{measure['low']:.3f}, {measure['high']:.3f}]"
+
+
+def _verdict(test: dict[str, Any] | None) -> str:
+    """The result in a sentence."""
+    if test is None:
+        return "not evaluated yet"
+    name = "accuracy" if "accuracy" in test["base"] else "loss"
+    gained = test["difference"][name]
+    change = f"{name} {test['base'][name]['value']:.3f} → {test['tuned'][name]['value']:.3f} on {test['n']:,} held-out examples"
+    if gained["low"] <= 0 <= gained["high"]:
+        return f"{change}: no difference for certain, the 95 % interval of the change is {gained['low']:+.3f} to {gained['high']:+.3f}"
+    return f"{change}: a change of {gained['low']:+.3f} to {gained['high']:+.3f} (95 % interval)"
+
+
+def _commands(facts: Facts) -> list[tuple[str, str]]:
+    """(what for, command)."""
+    run = shlex.quote(str(facts.run.path))
+    recipe = shlex.quote(str(Path(facts.run.path) / "recipe.yaml"))
+    return [
+        ("the same run again, elsewhere", f"mistral-dist train {recipe} run.dir={shlex.quote(str(facts.run.path) + '-again')}"),
+        ("evaluate", f"mistral-dist evaluate {run}"),
+        ("ask it", f"mistral-dist chat {run}"),
+    ]
