@@ -115,7 +115,6 @@ def write_answers(
     longest, end = max(map(len, prompts)), tokenizer.eos_token_id
     ids = torch.tensor([[end] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    # a base brings settings of its own, a temperature among them
     greedy = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end, use_cache=True
     )

@@ -23,12 +23,12 @@ class Chat:
         self.encoder = load_encoder(recipe)
         self.model = load_tuned(recipe.model, run.adapter, self.device, "sdpa")
 
-    def classify(self, text: str) -> dict[str, dict[str, float]]:
-        """Probability of each label, base and tuned: the labels' likelihoods, normalised over the labels."""
+    def classify(self, text: str, models: Sequence[Which] = MODELS) -> dict[str, dict[str, float]]:
+        """Probability of each label, by model: the labels' likelihoods, normalised over the labels."""
         row = label_row([self.encoder.candidates(text)])
         labels = self.recipe.task.labels
         result: dict[str, dict[str, float]] = {}
-        for name in MODELS:
+        for name in models:
             with as_model(self.model, name):
                 scores = label_scores(self.model, row, 1, len(labels), self.device)[0]
             result[name] = dict(zip(labels, scores.softmax(0).tolist(), strict=True))

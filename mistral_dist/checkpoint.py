@@ -163,11 +163,11 @@ def publish_adapter(target: Path, adapter: Tensors, peft_config: Any, tokenizer:
 
 
 def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Copy a saved adapter into the parameters (by name), before they are sharded.
+    """Copy an adapter, saved in a folder of its own, into the parameters (by name), before they are sharded.
 
     Raises CheckpointError where names or shapes differ.
     """
-    read = _read_adapter(folder)
+    read = load_file(folder / "adapter_model.safetensors")
     named = {peft_name(name): parameter for name, parameter in parameters.items()}
     if read.keys() != named.keys():
         odd = sorted(read.keys() ^ named.keys())
@@ -180,12 +180,8 @@ def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> 
 
 def adapter_of(folder: Path, parameters: Iterable[str]) -> dict[str, torch.Tensor]:
     """A checkpoint's adapter by the names of its parameters, float32, on the CPU."""
-    read = _read_adapter(folder)
+    read = load_file(folder / "adapter" / "adapter_model.safetensors")
     return {name: read[peft_name(name)] for name in parameters}
-
-
-def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def load_moments(folder: Path) -> dict[str, torch.Tensor]:
@@ -203,6 +199,11 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
 def peft_name(parameter: str) -> str:
     """A parameter's name in PEFT's files, which leave out the adapter's own name; a layer that is trained whole is named as in the base."""
     return ADAPTER_NAME.sub("", parameter)
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies. Nothing is moved: for those who only read."""
+    return next((path for path in reversed(_all(folder)) if verify(path) is None), None)
 
 
 def latest_good(folder: Path) -> tuple[Path | None, list[str]]:

@@ -226,9 +226,9 @@ def predict(
     bad = [row for row in rows if isinstance(row, BadRow)]
     if len(bad) == len(rows):
         raise DataError(f"{bad[0].because}; no row of {file} can be asked")
-    start_prediction(run, file, target, overrides or [], Topology(processes, gpus))
-    trouble = f"; {len(bad):,} could not be asked, the first is {bad[0].because}" if bad else ""
-    say(f"{target}: {len(rows) - len(bad):,} answers{trouble}")
+    answered, errors = start_prediction(run, file, target, overrides or [], Topology(processes, gpus))
+    trouble = f"; {len(errors):,} could not be asked, the first is {errors[0]}" if errors else ""
+    say(f"{target}: {answered:,} answers{trouble}")
 
 
 @app.command(epilog="Examples: `mistral-dist report runs/demo`; `mistral-dist report runs/demo runs/rank-32 --out both.html`")
@@ -273,7 +273,7 @@ def chat(
     for text in [message] if message is not None else iter(_ask, None):
         try:
             if recipe.task.kind == "classification":
-                console.print(_probabilities(session.classify(text)))
+                console.print(_probabilities(session.classify(text, MODELS[tuned:])))
             else:
                 for which in MODELS[tuned:]:  # the conversation goes on with the tuned model's answer, which is the last
                     if not tuned:
@@ -338,9 +338,9 @@ def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("label", "base", "tuned")
-    for label, tuned in sorted(answers["tuned"].items(), key=lambda item: -item[1]):
-        table.add_row(escape(label), f"{answers['base'][label]:.3f}", f"{tuned:.3f}")
+    table = Table("label", *answers)
+    for label, _ in sorted(answers["tuned"].items(), key=lambda item: -item[1]):
+        table.add_row(escape(label), *(f"{answers[which][label]:.3f}" for which in answers))
     return table
 
 

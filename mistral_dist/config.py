@@ -30,6 +30,9 @@ class Model(Section):
     """Branch, tag or commit of the base."""
     path: str | None = None
     """A folder that holds a copy of the base, used instead of the hub's cache (`~` is expanded)."""
+    adapter: str | None = None
+    """Begin with the adapter of an earlier run (its directory, or a folder in PEFT's format) instead of a new one: more training, on new
+    data, with a fresh optimizer. It must be of the same base, rank, scale and layers."""
     chat_format: Literal["auto", "mistral", "template"] = "auto"
     """How a conversation becomes tokens. mistral: mistral-common's rules, of the tokenizer's version; template: the
     tokenizer's own chat template; auto: mistral where the base comes with a tokenizer of Mistral's own, else template."""
@@ -167,7 +170,7 @@ class Evaluate(Section):
     """Where a written answer is cut off."""
     metric: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """A function of your own, module:function, of a written answer and the reference answer; the mean is reported."""
-    bootstrap_samples: Count = 2000
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     """Resamples behind each 95 % interval."""
 
 
@@ -176,6 +179,11 @@ class Log(Section):
 
     data_order: bool = False
     """Write the ids of the examples of each step to data_order.jsonl."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = ()
+    """Also show the metrics there, e.g. [tensorboard, wandb]; a run that goes on continues what it began. Each brings a library of its
+    own, and reads its own environment: WANDB_MODE=offline, MLFLOW_TRACKING_URI."""
+    project: str = "mistral-dist"
+    """What the trackers gather runs under."""
 
 
 class Run(Section):

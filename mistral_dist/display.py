@@ -146,7 +146,7 @@ def audit_table(manifest: dict[str, Any], path: Path) -> Table:
         ("repaired", _counted(manifest["changed"])),
         ("examples", ", ".join(f"{count:,} {name}" for name, count in manifest["examples"].items())),
         ("tokens", f"{manifest['tokens']['train']:,} in train, {manifest['targets']['train']:,} of them targets"),
-        ("leakage", _leakage(manifest)),
+        ("leakage", leakage(manifest)),
     ]
     plan = manifest.get("plan")
     if plan is not None:
@@ -155,7 +155,8 @@ def audit_table(manifest: dict[str, Any], path: Path) -> Table:
     return facts(rows)
 
 
-def _leakage(manifest: dict[str, Any]) -> str:
+def leakage(manifest: dict[str, Any]) -> str:
+    """What stands in two splits at once, in words."""
     found = _counted({f"{what} on two sides": count for what, count in manifest["leakage"].items() if count})
     return (
         f"{found} between what is held out; streamed train data are not compared"

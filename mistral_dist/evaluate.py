@@ -19,7 +19,7 @@ import xxhash
 
 from mistral_dist import text_metrics
 from mistral_dist.answers import MODELS
-from mistral_dist.checkpoint import latest_good, load_progress
+from mistral_dist.checkpoint import load_progress, newest_good
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import has_held_out
@@ -35,18 +35,19 @@ from mistral_dist.runtime.engine import Runtime
 from mistral_dist.unfinished import Unfinished
 
 
-def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, Any]:
-    """Score base and tuned on the test split, write evaluation/, and return what test.json holds.
+def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> None:
+    """Score base and tuned on the test split, and write evaluation/.
 
     Raises DataError where nothing was held out, RunError where the data are not those that the run was trained on.
     """
     records, prepared, encoder = held_out(recipe, run)
     exams = exams_of(recipe, runtime, encoder, records)
-    kept = Unfinished(run.path / "evaluation", runtime.rank, runtime.on_main(lambda: work_of(recipe, run, prepared.fingerprint)))
-    runtime.gather(None)  # all have read what there is before anybody writes
+    kept = Unfinished.of(run.path / "evaluation", work_of(recipe, run, prepared.fingerprint), runtime)
     # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for
     model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
     answers = take_all(model, exams, MODELS, kept, runtime, run.path / "evaluation")
+    if not runtime.is_main:
+        return
     result: dict[str, Any] = {"split": TEST, "task": recipe.task.kind, "n": len(records)}
     lines: dict[str, list[Any]] = {"predictions": [], "scores": [], "worst": []}
     for marked in (exam.mark(answers[exam.name]) for exam in exams):
@@ -55,12 +56,10 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> dict[str, A
             result[part] = {**result.get(part, {}), **getattr(marked, part)}
         for name, found in lines.items():
             found += getattr(marked, name)
-    if runtime.is_main:
-        for name, found in lines.items():
-            write_text(run.path / "evaluation" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in found))
-        write_text(run.path / "evaluation" / "test.json", json.dumps(result, indent=2) + "\n")
-        kept.discard()
-    return result
+    for name, found in lines.items():
+        write_text(run.path / "evaluation" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in found))
+    write_text(run.path / "evaluation" / "test.json", json.dumps(result, indent=2) + "\n")
+    kept.discard()
 
 
 def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], Prepared, Encoder]:
@@ -75,8 +74,8 @@ def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], P
         text_metrics.own_metric(recipe.evaluate.metric)
     encoder = load_encoder(recipe)
     prepared = open_prepared(recipe, encoder)
-    found, _ = latest_good(run.checkpoints)
-    if found is not None and load_progress(found)[1]["held_out"] != prepared.fingerprint:
+    found = newest_good(run.checkpoints)
+    if found is not None and load_progress(found)[1].get("held_out") != prepared.fingerprint:
         raise RunError(f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew")
     records = list(prepared.split(TEST))
     if not records:

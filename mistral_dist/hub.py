@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_dist import retry
-from mistral_dist.config import Model, Source
+from mistral_dist.config import Model, Recipe, Source
 from mistral_dist.errors import DataError, ModelError
+from mistral_dist.files import read_json
 from mistral_dist.runtime import process
 
 WANTED = ["*.json", "*.safetensors", "*.model", "tokenizer.model*", "*.txt", "*.jinja"]
@@ -45,6 +46,28 @@ def local_path(model: Model) -> Path:
     except (LocalEntryNotFoundError, HFValidationError):
         remedy = "run `mistral-dist fetch RECIPE` once where there is a network, or set model.path to a copy"
         raise ModelError(f"model.name: {model.name} ({model.revision}) is not on this machine; {remedy}") from None
+
+
+def earlier_adapter(recipe: Recipe) -> Path | None:
+    """The folder of the adapter to begin with (`model.adapter`); None for a new one. Raises ModelError where it does not fit the recipe."""
+    if recipe.model.adapter is None:
+        return None
+    given = Path(recipe.model.adapter).expanduser()
+    folder = next((path for path in (given / "adapter", given) if (path / "adapter_model.safetensors").is_file()), None)
+    if folder is None:
+        raise ModelError(
+            f"model.adapter: {given}: no adapter there (adapter_model.safetensors); give a finished run, or a folder of PEFT's"
+        )
+    theirs = read_json(folder / "adapter_config.json") or {}
+    for what, saved, ours in (
+        ("base_model_name_or_path", theirs.get("base_model_name_or_path"), recipe.model.name),
+        ("lora.r", theirs.get("r"), recipe.lora.r),
+        ("lora.lora_alpha", theirs.get("lora_alpha"), recipe.lora.lora_alpha),
+        ("lora.use_rslora", theirs.get("use_rslora", False), recipe.lora.use_rslora),
+    ):
+        if saved != ours:
+            raise ModelError(f"model.adapter: {folder}: {what} is {saved} there, the recipe says {ours}; make them the same")
+    return folder
 
 
 def load_tokenizer(model: Model) -> Any:

@@ -33,15 +33,20 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     return {"precision": _ratio(hits, predicted), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, predicted + actual)}
 
 
-def summary(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Each of MEASURES, float64 [...], of confusion matrices [..., classes, columns]."""
+def summary(confusion: np.ndarray, drawn_from: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Each of MEASURES, float64 [...], of confusion matrices [..., classes, columns].
+
+    `drawn_from`: the matrix that these are resamples of. A class that is there but was not drawn says nothing about the model, so the mean
+    over the classes leaves it out; counted as 0, of many small classes some would always pull it down.
+    """
     hits, predicted, actual = (counts.sum(-1) for counts in _decisions(confusion))
     micro = {"precision": _ratio(hits, predicted), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, predicted + actual)}
     share = _ratio(confusion.sum(-1), actual[..., None])
     classes = per_class(confusion)
+    counted = np.ones(confusion.shape[:-1]) if drawn_from is None else (confusion.sum(-1) > 0) | (drawn_from.sum(-1) == 0)
     return {
         "accuracy": _ratio(hits, actual),
-        **{f"{name}_macro": classes[name].mean(-1) for name in NAMES},
+        **{f"{name}_macro": (classes[name] * counted).sum(-1) / counted.sum(-1) for name in NAMES},
         **{f"{name}_weighted": (classes[name] * share).sum(-1) for name in NAMES},
         **{f"{name}_micro": micro[name] for name in NAMES},
     }
@@ -54,7 +59,8 @@ def report(confusion: np.ndarray, labels: Sequence[str], samples: int) -> dict[s
         label: {**{name: float(values[i]) for name, values in classes.items()}, "support": int(confusion[i].sum())}
         for i, label in enumerate(labels)
     }
-    return {**intervals_of_counts(confusion, summary, samples), "per_class": rows, "confusion_matrix": confusion.tolist()}
+    intervals = intervals_of_counts(confusion, lambda drawn: summary(drawn, confusion), samples)
+    return {**intervals, "per_class": rows, "confusion_matrix": confusion.tolist()}
 
 
 def _decisions(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

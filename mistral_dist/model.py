@@ -22,6 +22,7 @@ from mistral_dist.uncompiled import bnb  # before PEFT
 
 # isort: split
 import peft
+import transformers
 
 from mistral_dist.base import compute_dtype, load_base
 from mistral_dist.config import Lora, Model, Recipe
@@ -125,6 +126,8 @@ def build_trainable(recipe: Recipe, device: torch.device, attention: str) -> pef
 def load_tuned(model: Model, adapter: Path, device: torch.device, attention: str) -> peft.PeftModel:
     """The base with a trained adapter, for evaluation and chat, in eval mode."""
     base = frozen_base(model, device, attention)
+    # a base may bring a temperature or a penalty of repetitions, which fill whatever a caller leaves open
+    base.generation_config = transformers.GenerationConfig()
     tuned = peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=False).eval()
     return tuned if model.quantization == "nf4" else tuned.to(device)
 

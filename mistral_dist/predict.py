@@ -17,8 +17,9 @@ import numpy as np
 from mistral_dist.answers import MODELS
 from mistral_dist.config import Recipe, Source, digest
 from mistral_dist.data import sources
+from mistral_dist.data.clean import tidy
 from mistral_dist.data.encode import Encoder, load_encoder
-from mistral_dist.data.example import BadRow, Example
+from mistral_dist.data.example import BadRow, Example, Rejected
 from mistral_dist.data.rows import read_question
 from mistral_dist.errors import FINISHED, DataError, MistralDistError
 from mistral_dist.evaluate import recipe_of, work_of
@@ -39,15 +40,14 @@ def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out:
     """Answer every row of a file, and write them to `out`. Raises DataError for a file that cannot be read."""
     rows, folder = questions(recipe, file), unfinished_of(out)
     encoder = load_encoder(recipe)
-    asked, prompts = _prompts(rows, encoder)
+    asked, prompts = _prompts(rows, encoder, recipe.data.max_length)
     texts = [{"text": row.text} if isinstance(row, Example) else {"text": ""} for row in rows]
     classifies = recipe.task.kind == "classification"
     exam: Questions = (
         Labels(recipe, runtime, encoder, [texts[n] for n in asked]) if classifies else Writer(recipe, runtime, encoder, prompts)
     )
     what = digest({"rows": [row.content if isinstance(row, Example) else row.because for row in rows]})
-    kept = Unfinished(folder, runtime.rank, runtime.on_main(lambda: work_of(recipe, run, what)))
-    runtime.gather(None)  # all have read what there is before anybody writes
+    kept = Unfinished.of(folder, work_of(recipe, run, what), runtime)
     model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
     found = take_all(model, [exam], TUNED, kept, runtime, folder)[exam.name]["tuned"]
     if runtime.is_main:
@@ -59,12 +59,13 @@ def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out:
 
 def questions(recipe: Recipe, file: str) -> list[Example | BadRow]:
     """What a file asks, row by row; columns are named as in the recipe's first source. Raises DataError where it cannot be read."""
-    source = Source(path=file, columns=recipe.data.sources[0].columns)
+    like = recipe.data.sources[0]
+    source = Source(path=file, columns=like.columns, format=like.format)
     found: list[Example | BadRow] = []
     for row in sources.read(source):
         try:
-            found.append(read_question(row, recipe.task, source))
-        except BadRow as bad:
+            found.append(tidy(read_question(row, recipe.task, source), recipe.data)[0])
+        except Rejected as bad:
             found.append(BadRow(bad.reason, f"{row.place}: {bad.because}"))
     if not found:
         raise DataError(f"{file}: no rows")
@@ -76,7 +77,7 @@ def unfinished_of(out: Path) -> Path:
     return out.with_name(f".{out.name}-unfinished")
 
 
-def _prompts(rows: list[Example | BadRow], encoder: Encoder) -> tuple[list[int], dict[int, list[int]]]:
+def _prompts(rows: list[Example | BadRow], encoder: Encoder, max_length: int) -> tuple[list[int], dict[int, list[int]]]:
     """The indices of the rows that can be asked, and their prompts; what cannot is put in the row's place."""
     prompts: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -87,9 +88,15 @@ def _prompts(rows: list[Example | BadRow], encoder: Encoder) -> tuple[list[int],
                 else row.messages or ({"role": "user", "content": row.text},)
             )
             try:
-                prompts[index] = encoder.prompt(turns, row.tools)
+                prompt = encoder.prompt(turns, row.tools)
             except DataError as error:
                 rows[index] = BadRow("no_question", f"{row.place}: {error}")
+                continue
+            if len(prompt) > max_length:
+                longest = f"data.max_length is {max_length:,}, the longest that was trained on"
+                rows[index] = BadRow("too_long", f"{row.place}: {len(prompt):,} tokens, {longest}; shorten it")
+            else:
+                prompts[index] = prompt
     return list(prompts), prompts
 
 

@@ -23,10 +23,12 @@ def intervals_of_counts(
 
     Drawing n examples with replacement from n is one multinomial draw over the cells, so no example is touched.
     """
-    n = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(n, counts.ravel() / n, size=samples).reshape(samples, *counts.shape)
-    values, resampled = measures(counts), measures(draws)
-    return {name: _interval(values[name], resampled[name]) for name in values}
+    n, rng, rows = int(counts.sum()), np.random.default_rng(seed), max(1, CHUNK // counts.size)
+    found = []
+    for begin in range(0, samples, rows):
+        draws = rng.multinomial(n, counts.ravel() / n, size=min(rows, samples - begin))
+        found.append(measures(draws.reshape(-1, *counts.shape)))
+    return {name: _interval(value, np.concatenate([part[name] for part in found])) for name, value in measures(counts).items()}
 
 
 def interval_of_ratio(numerators: np.ndarray, denominators: np.ndarray, samples: int, seed: int = 0) -> Interval:

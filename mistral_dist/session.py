@@ -11,44 +11,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from mistral_dist import checkpoint
 from mistral_dist.base_cache import fingerprint
 from mistral_dist.checkpoint import Progress, Snapshot
-from mistral_dist.config import Recipe
+from mistral_dist.config import Recipe, leaves
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.data.feed import Feed
 from mistral_dist.data.stream import Drop, Work
 from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.guards import Guard, Trouble, reach
+from mistral_dist.hub import earlier_adapter
 from mistral_dist.micro_batch import settled
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime import slurm
 from mistral_dist.runtime.engine import Runtime
+from mistral_dist.runtime.trackers import Trackers
 from mistral_dist.saver import Saver
+from mistral_dist.step import StepResult, told_untrained
 from mistral_dist.validation import Measured, Validation
 
-SHOWN = 8
-"""Examples that the log names where a step was not trained."""
 STATUS_EVERY = 1.0
 """Seconds between two updates of status.json, each of which is synced to the disk."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step showed, the same on every rank."""
-
-    loss: float | None
-    """Mean over the global batch's targets, nats per token, before the update; None where the step was not trained."""
-    grad_norm: float | None
-    """Global L2 norm before clipping; None where the step was not trained."""
-    learning_rate: float
-    untrained: str = ""
-    """Why the step was not trained."""
-    suspects: tuple[str, ...] = ()
-    """The ids of this rank's examples in it that are to blame, as far as can be told."""
 
 
 @dataclass
@@ -79,6 +67,8 @@ class Session:
         if self.recipe.train.load_best_model_at_end:
             rules = rules.model_copy(update={"save_best_limit": max(1, rules.save_best_limit)})
         self.keeps_best = rules.save_best_limit > 0
+        fields = dict(leaves(self.recipe.model_dump(mode="json")))
+        self.trackers = Trackers(self.recipe.log.trackers, self.run.path, self.recipe.log.project, fields, self.say)
         self.saver = Saver(self.run, rules, self.say, reach(self.recipe.train))
         self.runtime.is_writing = self.saver.is_writing
 
@@ -99,6 +89,8 @@ class Session:
         data = {"the data": feed.fingerprint, "held-out data": feed.held_out}
         runtime.refuse_drift({"attention": attention, f"the base {recipe.model.name}": session.base, **data})
         found = session._find_checkpoint()
+        if found is None:
+            runtime.refuse_drift({"the adapter to begin with": content_of(earlier_adapter(recipe))})
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, {runtime.sharding}, attention {attention}, {session.steps} steps; loading the model")
         runtime.agree_to_go_on()
@@ -133,7 +125,9 @@ class Session:
         saved = self.saver.settle()
         if saved:
             self.runtime.note_save(self.saver.seconds)
-        self.run.append("metrics.jsonl", self._metrics(work, result, seconds))
+        metrics = self._metrics(work, result, seconds)
+        self.run.append("metrics.jsonl", metrics)
+        self.trackers.log(step, {f"train/{name}": value for name, value in metrics.items() if name != "step"})
         if self.recipe.log.data_order and not passed:
             self.run.append("data_order.jsonl", {"step": step, "ids": order})
         if result.untrained:
@@ -141,7 +135,7 @@ class Session:
         if saved or now - self.told > STATUS_EVERY:
             self.told = now
             self._tell_status()
-        told = _untrained(result.untrained, suspects) if result.loss is None else f"loss {result.loss:.4f}"
+        told = told_untrained(result.untrained, suspects) if result.loss is None else f"loss {result.loss:.4f}"
         self.say(f"step {step}/{self.steps}  {told}  {seconds:.2f} s")
 
     def passes_over(self, work: Work) -> bool:
@@ -187,6 +181,7 @@ class Session:
     def _cut_back(self) -> None:
         self.run.check_publishing()
         self.run.cut_back(self.progress.reached)
+        self.trackers.go_back(self.progress.step)
 
     def is_validation_due(self) -> bool:
         """Whether the adapter of this step is to be validated, and was not yet."""
@@ -200,6 +195,7 @@ class Session:
         if self.runtime.is_main:
             self.run.check_lease()
             self.run.append("metrics.jsonl", {"step": step, "eval": {**found.metrics(), "best_step": validation.best_step}})
+            self.trackers.log(step, {f"eval/{name}": value for name, value in found.metrics().items()})
         self.say(f"step {step}/{self.steps}  {validation.told()}  {found.seconds:.2f} s")
         self.clock = time.monotonic()
 
@@ -311,11 +307,12 @@ class Session:
         return found
 
     def _load_model(self, attention: str, found: Path | None) -> Any:
-        """The base with its adapter: the one of the checkpoint, or a new one."""
+        """The base with its adapter: that of the checkpoint, of an earlier run, or a new one."""
         model = build_trainable(self.recipe, self.runtime.device, attention)
         self.peft_config = model.peft_config["default"]
-        if found is not None:
-            checkpoint.load_adapter(found, adapter_parameters(model))
+        begun = found / "adapter" if found is not None else earlier_adapter(self.recipe)
+        if begun is not None:
+            checkpoint.load_adapter(begun, adapter_parameters(model))
         return model
 
     def _shard(self, model: Any) -> None:
@@ -344,6 +341,8 @@ class Session:
 
     def _mark_start(self) -> None:
         self._cut_back()
+        self.trackers.start(self.progress.step)
+        self.run.closing.callback(self.trackers.close)
         launches = (self.run.status() or {}).get("launches", 0) + 1
         begins = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saved), "launches": launches}
         self.run.set_status("running", None, "training", **begins, job=slurm.job())
@@ -386,9 +385,9 @@ class Session:
         }
 
 
-def _untrained(because: str, suspects: Sequence[str]) -> str:
-    named = f"; among {', '.join(suspects[:SHOWN])}{' ...' if len(suspects) > SHOWN else ''}" if suspects else ""
-    return f"not trained: {because}{named}"
+def content_of(adapter: Path | None) -> str:
+    """A fingerprint of a saved adapter's weights; empty for none."""
+    return "" if adapter is None else str(xxhash.xxh128((adapter / "adapter_model.safetensors").read_bytes()).hexdigest())
 
 
 def name_of(step: int) -> str | None:

@@ -37,7 +37,8 @@ from mistral_dist.run import RunDirectory, holder
 from mistral_dist.runtime.drift import code_fingerprint, recipe_facts
 from mistral_dist.runtime.engine import Runtime, seed_noise
 from mistral_dist.runtime.watch import VALIDATION
-from mistral_dist.session import Session, StepResult
+from mistral_dist.session import Session
+from mistral_dist.step import StepResult
 from mistral_dist.validation import Measured
 
 

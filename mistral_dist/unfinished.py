@@ -9,17 +9,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from mistral_dist.runtime.engine import Runtime
+
 PATTERN = "unfinished-*.jsonl"
 
 
 class Unfinished:
     """Values by key. Only what belongs to the same work is read: the same adapter, data and settings, told by a fingerprint."""
 
-    def __init__(self, folder: Path, rank: int, fingerprint: str) -> None:
-        """Reads what there is; every rank must have done so before any begins to `add`."""
+    def __init__(self, folder: Path, rank: int, fingerprint: str, before: Mapping[str, Any]) -> None:
+        """`before`: what earlier launches have found, the same on each rank; see `of`."""
         self._folder, self._rank, self._fingerprint = folder, rank, fingerprint
         self._stream: TextIO | None = None
-        self.found: dict[str, Any] = {key: value for file in folder.glob(PATTERN) for key, value in _read(file, fingerprint)}
+        self.before = before
+        self.found: dict[str, Any] = {}
+        """By this rank in this launch."""
+
+    @classmethod
+    def of(cls, folder: Path, fingerprint: str, runtime: Runtime) -> "Unfinished":
+        """One for each rank. Rank 0 reads what there is, since another process may be writing there. A collective."""
+        return cls(folder, runtime.rank, fingerprint, runtime.on_main(lambda: read(folder, fingerprint)))
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Keep values; a process that is killed a moment later has them."""
@@ -36,6 +45,11 @@ class Unfinished:
     def discard(self) -> None:
         """The work is done, or is to be done anew: nothing is kept."""
         discard(self._folder)
+
+
+def read(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """What earlier launches have found of this very work."""
+    return {key: value for file in sorted(folder.glob(PATTERN)) for key, value in _read(file, fingerprint)}
 
 
 def discard(folder: Path) -> None:

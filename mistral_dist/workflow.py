@@ -3,23 +3,27 @@
 Whatever the user can mend is found here, before workers start and a model is loaded.
 """
 
+import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mistral_dist import base_cache
 from mistral_dist.config import Recipe
 from mistral_dist.display import answering, following, minutes, say, track
 from mistral_dist.errors import FAILED, FINISHED, STOPPED, MachineError, RunError, TrainingError
 from mistral_dist.files import describe, read_json, remedy
-from mistral_dist.hub import local_path
+from mistral_dist.hub import earlier_adapter, local_path
 from mistral_dist.run import STARTING, RunDirectory, check_free, check_same, check_writable, holder, move_aside, wait_until_free
 from mistral_dist.runtime import launcher, slurm
 from mistral_dist.runtime.causes import cause, memory_kills, refused, seen_from_here
+from mistral_dist.runtime.trackers import check_trackers
 from mistral_dist.topology import ANY, Topology, check_options, evaluation_line, training_line
 
 NOT_ANEW = "not {}, which would begin anew each time it is started again; set run.dir=... for a new run, or move the old one away yourself"
@@ -50,6 +54,9 @@ def start_training(
     status = None if fresh else run.status()
     if _is_finished(recipe, run, status):
         return FINISHED
+    check_trackers(recipe.log.trackers)
+    if not any(run.checkpoints.glob("checkpoint-*")):  # a run that goes on has its own
+        earlier_adapter(recipe)
     prepare_for_training(recipe, elsewhere=asked.nodes is not None)
     if fresh:  # only now, when nothing speaks against the new run
         old = move_aside(run.path)
@@ -96,6 +103,9 @@ def check_training(recipe: Recipe, asked: Topology = ANY, *, fresh: bool = False
     if _is_finished(recipe, run, run.status()):
         raise RunError(f"{run.path}: is finished, so there is nothing to start a job for")
     local_path(recipe.model)
+    check_trackers(recipe.log.trackers)
+    if not any(run.checkpoints.glob("checkpoint-*")):
+        earlier_adapter(recipe)
     prepare_for_training(recipe, elsewhere=True)
 
 
@@ -133,29 +143,49 @@ def start_evaluation(run: RunDirectory, words: Sequence[str] = (), asked: Topolo
     return result
 
 
-def start_prediction(run: RunDirectory, file: str, out: Path, words: Sequence[str] = (), asked: Topology = ANY) -> None:
-    """Have the tuned model answer each row of a file, into `out`. Raises TrainingError with the reason where that failed."""
+def start_prediction(run: RunDirectory, file: str, out: Path, words: Sequence[str] = (), asked: Topology = ANY) -> tuple[int, list[str]]:
+    """Have the tuned model answer each row of a file, into `out`; how many were answered, and why the others were not.
+
+    Raises TrainingError with the reason where it failed.
+    """
     from mistral_dist.predict import unfinished_of
 
     folder = unfinished_of(out)
     _have_answered(run, evaluation_line(run.path, [file, str(out), *words], asked, "mistral_dist.predict"), folder, "answering")
     shutil.rmtree(folder, ignore_errors=True)
+    with open(out, encoding="utf-8") as lines:
+        errors = [json.loads(line).get("error") for line in lines]
+    return errors.count(None), [error for error in errors if error is not None]
 
 
 def _have_answered(run: RunDirectory, line: launcher.Line, folder: Path, doing: str) -> None:
     """Start workers that keep in a folder how far they are, and why they failed. Raises TrainingError where they do not finish."""
-    _announce(line, run.log)
-    for leftover in ("failure.json", "progress.json"):
-        (folder / leftover).unlink(missing_ok=True)
-    with answering(folder, doing) as tick:
-        code = launcher.run(line, run.log, tick, say)
-    (folder / "progress.json").unlink(missing_ok=True)
+    with _alone(folder, doing):
+        _announce(line, run.log)
+        (folder / "failure.json").unlink(missing_ok=True)
+        with answering(folder, doing) as tick:
+            code = launcher.run(line, run.log, tick, say)
     failure = read_json(folder / "failure.json")
     if failure is not None:
         raise TrainingError(failure["message"], failure["exit_code"])
     if code != 0:
         _show_tail(run.log)
         raise TrainingError(f"{run.path}: ended while {doing}; its last words are above, all of them in {run.log}; run it again to go on")
+
+
+@contextmanager
+def _alone(folder: Path, doing: str) -> Iterator[None]:
+    """Be the only one of this machine that works in a folder. Raises RunError where another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            try:
+                yield
+            finally:
+                for leftover in ("progress.json", ".lock"):
+                    (folder / leftover).unlink(missing_ok=True)
+    except Timeout:
+        raise RunError(f"{folder}: another process is {doing} there; wait for it, or stop it") from None
 
 
 def prepare_if_needed(recipe: Recipe, *, again: bool = False, elsewhere: bool = False) -> Any:

@@ -14,6 +14,8 @@ from mistral_dist.exams.exam import WORST, Answers, Lines, Marked, Records, by_l
 from mistral_dist.resampling import interval_of_ratio, mcnemar
 from mistral_dist.runtime.engine import Runtime
 
+KEPT = 4096
+"""Encoded prompts that are kept, since base and tuned are asked the same."""
 Given = dict[str, list[int | None]]
 """The label that base and tuned gave each record; None for what is no label."""
 
@@ -25,7 +27,7 @@ class Labels:
 
     def __init__(self, recipe: Recipe, runtime: Runtime, encoder: Encoder, records: Records) -> None:
         self._recipe, self._device, self._records = recipe, runtime.device, records
-        self._candidates = functools.cache(lambda index: encoder.candidates(records[index]["text"]))
+        self._candidates = functools.lru_cache(KEPT)(lambda index: encoder.candidates(records[index]["text"]))
         self.rows = rows_of(self._lengths(runtime), recipe.evaluate.max_tokens)
 
     def take(self, model: Any, row: Sequence[int]) -> list[Any]:
@@ -103,6 +105,8 @@ def _marked(recipe: Recipe, records: Records, given: Given, scores: Lines, worst
 
 
 def _label(written: str, labels: Sequence[str]) -> int | None:
+    if written in labels:
+        return labels.index(written)
     return next((n for n, label in enumerate(labels) if label.casefold() == written.casefold()), None)
 
 

@@ -18,7 +18,7 @@ def take_all(
 ) -> dict[str, Answers]:
     """What base or tuned say to every row of every exam, on each rank; how far it is can be read in folder/progress.json."""
     rows = [(exam, which, row) for exam in exams for which in models for row in exam.rows]
-    left = [(exam, which, row) for exam, which, row in rows if not all(_key(exam, which, index) in kept.found for index in row)]
+    left = [(exam, which, row) for exam, which, row in rows if not all(_key(exam, which, index) in kept.before for index in row)]
     told = 0.0
     for n, (exam, which, row) in enumerate(left[runtime.rank :: runtime.world_size]):
         if runtime.is_main and time.monotonic() - told > 1:
@@ -27,7 +27,7 @@ def take_all(
         with as_model(model, which):
             found = exam.take(model, row)
         kept.add({_key(exam, which, index): value for index, value in zip(row, found, strict=True)})
-    everything = {key: value for found in runtime.gather(kept.found) for key, value in found.items()}
+    everything = dict(kept.before) | {key: value for found in runtime.gather(kept.found) for key, value in found.items()}
     return {
         exam.name: {which: {index: everything[_key(exam, which, index)] for row in exam.rows for index in sorted(row)} for which in models}
         for exam in exams

@@ -47,9 +47,10 @@ class Written(Writer):
         references = [self._references[index] for index in asked]
         texts = {which: [answers[which][index][0] for index in asked] for which in MODELS}
         ended = {which: [answers[which][index][1] for index in asked] for which in MODELS}
-        rules = (self._rules.bootstrap_samples, self._rules.metric)
-        reports = {which: {"written": text_metrics.report(texts[which], references, ended[which], *rules)} for which in MODELS}
-        gained = text_metrics.difference(texts["base"], texts["tuned"], references, *rules)
+        each = {which: text_metrics.each_answer(texts[which], references, ended[which], self._rules.metric) for which in MODELS}
+        samples = self._rules.bootstrap_samples
+        reports = {which: {"written": text_metrics.report(each[which], texts[which], references, samples)} for which in MODELS}
+        gained = text_metrics.difference(each["base"], each["tuned"], samples)
         predictions = [
             {
                 "id": self._records[index]["id"],

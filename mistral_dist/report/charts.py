@@ -13,6 +13,8 @@ BASE, TUNED, EXTRA, BAD = "#8a8f98", "#3b82f6", "#f59e0b", "#ef4444"
 INK, LINE = "#808088", "rgba(128, 128, 136, 0.25)"
 POINTS = 1500
 """Of a curve at most: more than a screen has. Beyond that each is the mean of several steps."""
+SHARES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "exact_match", "rouge_l", "stop_rate")
+"""Measures from 0 to 1 that are drawn."""
 CELLS = 12
 """Labels of a confusion matrix whose counts are written into it; more would not be legible."""
 
@@ -64,7 +66,7 @@ def measures(test: Mapping[str, Any]) -> go.Figure | None:
         bars["arrayminus"] = [e["value"] - e["low"] for e in ends]
         figure.add_bar(x=[_words(name) for name in found], y=values, name=name, marker={"color": colour}, error_y={**bars, "color": INK})
     figure.update_yaxes(range=[0, 1])
-    return _styled(figure, legend=True)
+    return _styled(figure.update_xaxes(type="category"), legend=True)
 
 
 def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figure:
@@ -88,7 +90,8 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figu
         **cells,
     )
     figure = go.Figure(heat)
-    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(type="category")  # a label may look like a number, or a date
+    figure.update_yaxes(type="category", autorange="reversed")
     figure.update_layout(height=140 + 28 * min(len(labels), 26), xaxis_title="said", yaxis_title="is")
     return _styled(figure, height=None)
 
@@ -103,7 +106,7 @@ def splits(manifest: Mapping[str, Any]) -> go.Figure | None:
         counts = found.get(split, {})
         figure.add_bar(x=list(counts), y=list(counts.values()), name=split, marker={"color": colour})
     figure.update_layout(barmode="stack")
-    return _styled(figure, legend=True)
+    return _styled(figure.update_xaxes(type="category"), legend=True)
 
 
 def lengths(tokens: np.ndarray) -> go.Figure:
@@ -144,8 +147,7 @@ def _thinned(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray
 
 
 def _is_share(name: str, value: Any) -> bool:
-    is_interval = isinstance(value, dict) and {"value", "low", "high"} <= set(value)
-    return is_interval and name not in ("loss", "perplexity", "bleu", "chrf") and not name.endswith(("_micro", "_weighted"))
+    return name in SHARES and isinstance(value, dict) and {"value", "low", "high"} <= set(value)
 
 
 def _words(name: str) -> str:

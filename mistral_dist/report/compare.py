@@ -13,6 +13,8 @@ from mistral_dist.resampling import Interval, interval_of_ratio, mcnemar
 UNSAID = ("run.dir", "data.dir", "model.path")
 """Where things lie, which is no difference."""
 SAMPLES = 2000
+FEW = 20
+"""Examples; with fewer an interval says nothing."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,18 @@ class Difference:
 
     measure: str
     interval: Interval
+    n: int
+    """Examples."""
     p_value: float | None = None
+    """Of McNemar's exact test, where answers are right or wrong."""
 
     @property
     def is_real(self) -> bool:
-        """Whether the 95 % interval leaves out 0."""
-        return self.interval["low"] > 0 or self.interval["high"] < 0
+        """Whether it would be there with other test examples, as far as these can tell."""
+        if self.p_value is not None:
+            return self.p_value < 0.05
+        # resamples of a few examples are all alike, and their interval far too narrow
+        return self.n >= FEW and (self.interval["low"] > 0 or self.interval["high"] < 0)
 
 
 def differing_fields(runs: Sequence[Facts]) -> list[tuple[str, list[Any]]]:
@@ -47,12 +55,16 @@ def difference(first: Facts, second: Facts) -> Difference | str:
         before, after = ({line["id"]: line for line in facts.evaluation("scores")} for facts in (first, second))
     if before.keys() != after.keys() or first.test["task"] != second.test["task"]:
         return "evaluated on other test examples"
+    if first.test.get("method") != second.test.get("method"):
+        return "evaluated in another way (evaluate.method)"
+    if any(before[id].get("label") != after[id].get("label") for id in before):
+        return "evaluated on examples with other labels"
     if first.test["task"] == "classification":
         right = [np.array([line["tuned"] == line["label"] for line in lines]) for lines in (before.values(), (after[id] for id in before))]
         gained = interval_of_ratio(right[1].astype(float) - right[0], np.ones(len(right[0])), SAMPLES)
-        return Difference("accuracy", gained, mcnemar(*right)["p_value"])
+        return Difference("accuracy", gained, len(before), mcnemar(*right)["p_value"])
     if any(before[id]["targets"] != after[id]["targets"] for id in before):
         return "another tokenizer or format: the loss per token is not comparable"
     targets = np.array([line["targets"] for line in before.values()], np.float64)
     change = np.array([after[id]["tuned"] - line["tuned"] for id, line in before.items()])
-    return Difference("loss", interval_of_ratio(change, targets, SAMPLES))
+    return Difference("loss", interval_of_ratio(change, targets, SAMPLES), len(before))

@@ -82,8 +82,21 @@ class Facts:
 
     @cached_property
     def manifest(self) -> Line | None:
-        """What `prepare` counted; None where the data are gone, or were a stream."""
-        return read_manifest(self.recipe.data_dir)
+        """What `prepare` counted; None where the data of this run are gone, or were a stream."""
+        found, noted = read_manifest(self.recipe.data_dir), self._noted.get("held_out")
+        return found if found is None or noted in (None, found["fingerprint"]) else None
+
+    @cached_property
+    def _noted(self) -> Line:
+        """What the newest checkpoint notes of the run; nothing is verified, or moved."""
+        for path in self._checkpoints:
+            with suppress(OSError, ValueError):
+                return dict(json.loads((path / "progress.json").read_text(encoding="utf-8")))
+        return {}
+
+    @property
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)
 
     @cached_property
     def lengths(self) -> np.ndarray | None:
@@ -95,7 +108,7 @@ class Facts:
     @cached_property
     def versions(self) -> dict[str, str]:
         """Of the libraries that wrote the newest checkpoint that says so."""
-        for path in sorted(self.run.checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        for path in self._checkpoints:
             with suppress(OSError, ValueError, KeyError):
                 return written_with(path)
         return {}

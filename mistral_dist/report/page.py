@@ -8,9 +8,9 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from mistral_dist.display import minutes
+from mistral_dist.display import leakage, minutes
 from mistral_dist.report import charts
-from mistral_dist.report.compare import difference, differing_fields
+from mistral_dist.report.compare import Difference, difference, differing_fields
 from mistral_dist.report.facts import Facts
 
 WORST, SAMPLES = 12, 8
@@ -32,6 +32,8 @@ def page(facts: Facts) -> str:
         splits=charts.splits(manifest) if manifest else None,
         lengths=charts.lengths(facts.lengths) if facts.lengths is not None and len(facts.lengths) else None,
         curves=charts.curves(facts),
+        launches=facts.status.get("launches") or 1,
+        leakage=leakage(manifest) if manifest else "",
         spent=minutes(sum(entry["seconds"] for entry in facts.steps)),
         test=test,
         rows=_measures(test) if test else [],
@@ -91,9 +93,11 @@ def _verdict(test: dict[str, Any] | None) -> str:
     name = "accuracy" if "accuracy" in test["base"] else "loss"
     gained = test["difference"][name]
     change = f"{name} {test['base'][name]['value']:.3f} → {test['tuned'][name]['value']:.3f} on {test['n']:,} held-out examples"
-    if gained["low"] <= 0 <= gained["high"]:
-        return f"{change}: no difference for certain, the 95 % interval of the change is {gained['low']:+.3f} to {gained['high']:+.3f}"
-    return f"{change}: a change of {gained['low']:+.3f} to {gained['high']:+.3f} (95 % interval)"
+    between = f"{gained['low']:+.3f} to {gained['high']:+.3f}"
+    p_value = test["difference"].get("mcnemar", {}).get("p_value")
+    if not Difference(name, gained, test["n"], p_value).is_real:
+        return f"{change}: no difference for certain, the 95 % interval of the change is {between}"
+    return f"{change}: a change of {between} (95 % interval)"
 
 
 def _commands(facts: Facts) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ control    what asks a rank to stop, and how all agree on it
 watch      who is hung, who is slow; pace: how long a rank's own forwards take
 drift      ranks that run other code, libraries, recipe or data
 memory     where it ran out, what held it, what to type
+trackers   experiment trackers, where the metrics are shown, too
 zero       what a DeepSpeed configuration may say
 shards     optimizer state by parameter name, whatever the ZeRO stage and the number of ranks
 """

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,8 +16,8 @@ WATCH = """<script>addEventListener("load", () => setTimeout(() => {
   const charts = drawn.map((chart) => chart.getBoundingClientRect().width);
   document.title = JSON.stringify({charts, width: document.body.getBoundingClientRect().width, needed: document.body.scrollWidth});
 }, 500))</script>"""
-OWN = ("google", "gvt1.com")
-"""Where a browser asks for dictionaries and updates of its own."""
+OWN = {"redirector.gvt1.com", "clients2.google.com", "accounts.google.com", "update.googleapis.com", "optimizationguide-pa.googleapis.com"}
+"""Hosts that the browser asks for dictionaries, the time, updates and accounts of its own."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def look(page: Path, folder: Path, width: int) -> Seen:
 
 
 def _asked(log: Path, page: Path) -> list[str]:
-    """The addresses in the browser's own record of its networkbut for its own."""
+    """The addresses in the browser's own record of its network, but for those of its own."""
     text = log.read_text()
     urls = set(re.findall(r'"url":"((?:https?|wss?)://[^"]*)"', text))
     assert str(page) in text, "the record is of this page"
-    return sorted(url for url in urls if not any(own in url for own in OWN))
+    return sorted(url for url in urls if urlsplit(url).hostname not in OWN)

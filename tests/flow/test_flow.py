@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from mistral_dist.data.shards import read_shards
 from tests.conftest import WriteRecipe
@@ -129,7 +131,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained: Path, tmp_path: Path)
     """On another number of ranks, to the same bytes; and what was found before is not worked out again."""
     run = tmp_path / "run"
     shutil.copytree(run_dir(trained), run)
-    wanted = {name: (run / "evaluation" / name).read_bytes() for name in ("predictions.jsonl", "test.json")}
+    wanted = (run / "evaluation/predictions.jsonl").read_bytes()
     shutil.rmtree(run / "evaluation")
     words = ["evaluate", str(run), "evaluate.max_tokens=300", "--processes"]
     kept = "evaluation/unfinished-*.jsonl"
@@ -149,7 +151,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained: Path, tmp_path: Path)
     found = lines(run / "evaluation/predictions.jsonl")
     index = int(key.rpartition("/")[2])
     assert found[index]["base"] == "transformers"
-    before = [json.loads(line) for line in wanted["predictions.jsonl"].splitlines()]
+    before = [json.loads(line) for line in wanted.splitlines()]
     assert [line for n, line in enumerate(found) if n != index] == [line for n, line in enumerate(before) if n != index]
 
 
@@ -168,6 +170,7 @@ def test_labels_that_are_written_are_counted_as_such(trained: Path, tmp_path: Pa
     assert sum(row[-1] for row in test["base"]["confusion_matrix"]) == len(nothing)
     # the likelier way is another question, and may be answered otherwise
     liked = {line["id"]: line["tuned"] for line in lines(run_dir(trained) / "evaluation/predictions.jsonl")}
+    assert any(line["tuned"] for line in predictions), "the tuned model writes labels"
     agreed = sum(liked[line["id"]] == line["tuned"] for line in predictions if line["tuned"])
     assert agreed >= 0.9 * sum(line["tuned"] is not None for line in predictions)
 
@@ -224,6 +227,29 @@ def test_the_report_is_one_page_that_needs_no_network(trained: Path, tmp_path: P
         assert words in seen.dom
 
 
+def test_a_run_begins_with_the_adapter_of_an_earlier_one(trained: Path, tmp_path: Path) -> None:
+    """Where that ended, and with an optimizer of its own."""
+    earlier, run = run_dir(trained), tmp_path / "run"
+    words = ["train", trained, f"run.dir={run}", f"model.adapter={earlier}", "train.steps=2", "optim.learning_rate=1e-6", "--processes"]
+    done = mistral_dist(*words, "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, last = lines(run / "metrics.jsonl")[0]["loss"], lines(earlier / "metrics.jsonl")
+    assert first < 2 * last[-1]["loss"] < 0.2 * last[0]["loss"]
+    saved = {name: load_file(path / "adapter/adapter_model.safetensors") for name, path in (("before", earlier), ("after", run))}
+    assert all(torch.allclose(saved["after"][name], tensor, atol=1e-4) for name, tensor in saved["before"].items())
+    assert any(not torch.equal(saved["after"][name], tensor) for name, tensor in saved["before"].items())
+    shutil.rmtree(run)
+    for more, told in (
+        (["lora.r=8"], "lora.r is 4 there, the recipe says 8"),
+        (["model.name=another/base"], "base_model_name_or_path is test/small there"),
+        ([f"model.adapter={tmp_path}"], "no adapter there"),
+        (["lora.target_modules=[q_proj]"], "not the adapter of this recipe"),
+    ):
+        done = mistral_dist(*words, "1", *more)
+        assert done.returncode != 0
+        assert told in " ".join(done.stderr.split()), done.stdout + done.stderr
+
+
 def test_runs_are_compared_in_recipe_and_result(trained: Path, tmp_path: Path) -> None:
     first, second = run_dir(trained), tmp_path / "other"
     shutil.copytree(first, second)
@@ -232,6 +258,7 @@ def test_runs_are_compared_in_recipe_and_result(trained: Path, tmp_path: Path) -
     (second / "evaluation/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in right))
     recipe = json.loads(json.dumps(yaml.safe_load((second / "recipe.yaml").read_text())))
     recipe["lora"]["r"] = 32
+    recipe["run"]["dir"] = str(second)
     (second / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = mistral_dist("report", first, second, "--out", tmp_path / "both.html")
     assert done.returncode == 0, done.stderr
@@ -305,6 +332,11 @@ def test_the_other_tasks_train_and_are_measured_by_their_loss(write_recipe: Writ
         assert len(predictions) == test["tuned"]["written"]["n"] == 8
         assert all(line["reference"] and isinstance(line["tuned"], str) for line in predictions)
         assert test["tuned"]["written"]["stop_rate"]["value"] == sum(line["tuned_ended"] for line in predictions) / 8
+    done = mistral_dist("report", run_dir(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (run_dir(recipe) / "report.html").read_text().partition("<body>")[2]
+    assert f"{test['tuned']['loss']['value']:.3f}" in page and "Furthest off" in page
+    assert ("What it writes" in page) == (kind != "pretrain")
     done = mistral_dist("chat", run_dir(recipe), "--message", "Say 5")
     assert done.returncode == 0, done.stderr
     assert "base:" in done.stdout and "tuned:" in done.stdout

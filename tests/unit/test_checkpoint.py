@@ -46,7 +46,7 @@ def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
     assert checkpoint.latest_good(tmp_path) == (path, [])
     assert checkpoint.load_progress(path) == (Progress(7, Cursor(28)), {"data": "abc", "metric": None})
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
-    checkpoint.load_adapter(path, {NAME: parameter})
+    checkpoint.load_adapter(path / "adapter", {NAME: parameter})
     assert parameter.tolist() == [[7.0] * 3] * 2
     assert set(checkpoint.load_moments(path)) == {f"{NAME}.exp_avg", f"{NAME}.exp_avg_sq"}
 
@@ -361,7 +361,7 @@ def test_a_disk_that_lies_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_another_recipes_adapter_is_refused(tmp_path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     with pytest.raises(CheckpointError, match="lora_A"):
-        checkpoint.load_adapter(save(tmp_path, 5), parameters)
+        checkpoint.load_adapter(save(tmp_path, 5) / "adapter", parameters)
 
 
 def test_the_manifest_says_with_what_it_was_made(tmp_path: Path) -> None:

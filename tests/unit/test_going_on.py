@@ -16,7 +16,8 @@ from mistral_dist.data.stream import Cursor, Work
 from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.guards import Guard, Trouble
 from mistral_dist.run import RunDirectory
-from mistral_dist.session import Session, StepResult
+from mistral_dist.session import Session
+from mistral_dist.step import StepResult
 from mistral_dist.validation import Validation
 from tests.unit.test_checkpoint import snapshot
 from tests.unit.test_saver import fails_with

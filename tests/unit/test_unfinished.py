@@ -2,31 +2,29 @@
 
 from pathlib import Path
 
-from mistral_dist.unfinished import Unfinished
+from mistral_dist.unfinished import Unfinished, read
 
 
 def test_what_any_rank_has_kept_is_read_by_all(tmp_path: Path) -> None:
     for rank in (0, 1):
-        kept = Unfinished(tmp_path, rank, "work")
+        kept = Unfinished(tmp_path, rank, "work", {})
         kept.add({f"a/{rank}": [0.1, rank]})
         kept.add({f"b/{rank}": "text\nof two lines", "c": None})
         assert kept.found[f"a/{rank}"] == [0.1, rank]
-    again = Unfinished(tmp_path, 2, "work")
-    assert again.found == {"a/0": [0.1, 0], "a/1": [0.1, 1], "b/0": "text\nof two lines", "b/1": "text\nof two lines", "c": None}
-    assert Unfinished(tmp_path, 0, "other work").found == {}
-    again.discard()
+    assert read(tmp_path, "work") == {"a/0": [0.1, 0], "a/1": [0.1, 1], "b/0": "text\nof two lines", "b/1": "text\nof two lines", "c": None}
+    assert read(tmp_path, "other work") == {}
+    kept.discard()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path: Path) -> None:
-    Unfinished(tmp_path, 0, "work").add({"a": 1})
+    Unfinished(tmp_path, 0, "work", {}).add({"a": 1})
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
-        assert Unfinished(tmp_path, 0, "work").found == {}
+        assert read(tmp_path, "work") == {}
     file.write_bytes(whole + b'{"b": 2}')
-    kept = Unfinished(tmp_path, 0, "work")
-    assert kept.found == {"a": 1}
-    kept.add({"c": 3})
-    assert Unfinished(tmp_path, 1, "work").found == {"a": 1, "c": 3}
+    assert read(tmp_path, "work") == {"a": 1}
+    Unfinished(tmp_path, 0, "work", {"a": 1}).add({"c": 3})
+    assert read(tmp_path, "work") == {"a": 1, "c": 3}
