@@ -181,7 +181,7 @@ class Log(Section):
     """Write the ids of the examples of each step to data_order.jsonl."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = ()
     """Also show the metrics there, e.g. [tensorboard, wandb]; a run that goes on continues what it began. Each brings a library of its
-    own, and reads its own environment: WANDB_MODE=offline, MLFLOW_TRACKING_URI."""
+    own, and reads its own environment: WANDB_MODE=offline, MLFLOW_TRACKING_URI. Tested is tensorboard alone."""
     project: str = "mistral-dist"
     """What the trackers gather runs under."""
 
