@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -176,6 +177,11 @@ def load_adapter(folder: Path, parameters: Mapping[str, torch.nn.Parameter]) -> 
         if read[name].shape != parameter.shape:
             raise CheckpointError(f"{folder}: {name} has shape {tuple(read[name].shape)}, the recipe gives {tuple(parameter.shape)}")
         parameter.data.copy_(read[name])
+
+
+def content_of(folder: Path) -> str:
+    """A fingerprint of the weights of an adapter that is saved in a folder of its own."""
+    return str(xxhash.xxh128((folder / "adapter_model.safetensors").read_bytes()).hexdigest())
 
 
 def adapter_of(folder: Path, parameters: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_dist.errors import FAILED, FINISHED, STOPPED, WRONG_INPUT, DataError, MistralDistError, RecipeError
+from mistral_dist.errors import FAILED, FINISHED, STOPPED, WRONG_INPUT, MistralDistError, RecipeError
 from mistral_dist.runtime.process import quiet_libraries
 
 app = typer.Typer(
@@ -213,19 +213,17 @@ def predict(
     gpus: Gpus = None,
 ) -> None:
     """Have the tuned model answer each row of a file, on all visible GPUs. Killed, it goes on where it was."""
-    from mistral_dist.data.example import BadRow
+    from mistral_dist.config import Source
+    from mistral_dist.data import sources
     from mistral_dist.display import say
     from mistral_dist.evaluate import recipe_of
-    from mistral_dist.predict import questions
     from mistral_dist.run import RunDirectory
     from mistral_dist.topology import Topology
     from mistral_dist.workflow import start_prediction
 
     run, target = RunDirectory(run_folder), out or Path("predicted.jsonl")
-    rows = questions(recipe_of(run, overrides or []), file)
-    bad = [row for row in rows if isinstance(row, BadRow)]
-    if len(bad) == len(rows):
-        raise DataError(f"{bad[0].because}; no row of {file} can be asked")
+    recipe_of(run, overrides or [])
+    sources.check([Source(path=file)])
     answered, errors = start_prediction(run, file, target, overrides or [], Topology(processes, gpus))
     trouble = f"; {len(errors):,} could not be asked, the first is {errors[0]}" if errors else ""
     say(f"{target}: {answered:,} answers{trouble}")
@@ -344,11 +342,11 @@ def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
     return table
 
 
-def _told(error: Exception) -> str:
+def _told(error: Any) -> str:
     """A mistyped command in one line, like every other mistake."""
     context = getattr(error, "ctx", None)
     verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
-    line = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    line = " ".join(error.format_message().split()).rstrip(".")
     return f"error: {line}; see `mistral-dist{verb} --help`"
 
 

@@ -19,6 +19,7 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 from mistral_dist.files import read_json
+from mistral_dist.resampling import is_interval
 from mistral_dist.run import RunDirectory
 
 console = Console(highlight=False)
@@ -129,12 +130,8 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 def _add_measures(table: Table, measures: dict[str, tuple[Any, Any]]) -> None:
     for name, (base, tuned) in measures.items():
-        if _is_interval(base) and not name.endswith(("_micro", "_weighted")):
+        if is_interval(base) and not name.endswith(("_micro", "_weighted")):
             table.add_row(escape(name.replace("_", " ")), _interval(base), _interval(tuned))
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
 
 
 def audit_table(manifest: dict[str, Any], path: Path) -> Table:

@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mistral_dist import text_metrics
 from mistral_dist.answers import MODELS
-from mistral_dist.checkpoint import load_progress, newest_good
+from mistral_dist.checkpoint import content_of, load_progress, newest_good
 from mistral_dist.config import Recipe, digest
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import has_held_out
@@ -85,8 +83,7 @@ def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], P
 
 def work_of(recipe: Recipe, run: RunDirectory, data: str) -> str:
     """A fingerprint that changes with anything that the answers depend on; `data`: that of what is asked."""
-    adapter = xxhash.xxh128((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return digest({"adapter": adapter, "data": data, "recipe": recipe.model_dump(mode="json")})
+    return digest({"adapter": content_of(run.adapter), "data": data, "recipe": recipe.model_dump(mode="json")})
 
 
 def main(words: list[str]) -> int:

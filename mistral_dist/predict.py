@@ -37,10 +37,12 @@ TUNED = MODELS[1:]
 
 
 def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out: Path) -> None:
-    """Answer every row of a file, and write them to `out`. Raises DataError for a file that cannot be read."""
+    """Answer every row of a file, and write them to `out`. Raises DataError for a file that cannot be read, or asks nothing."""
     rows, folder = questions(recipe, file), unfinished_of(out)
     encoder = load_encoder(recipe)
     asked, prompts = _prompts(rows, encoder, recipe.data.max_length)
+    if not asked and isinstance(rows[0], BadRow):
+        raise DataError(f"{rows[0].because}; no row of {file} can be asked")
     texts = [{"text": row.text} if isinstance(row, Example) else {"text": ""} for row in rows]
     classifies = recipe.task.kind == "classification"
     exam: Questions = (

@@ -38,6 +38,16 @@ def interval_of_ratio(numerators: np.ndarray, denominators: np.ndarray, samples:
     return _interval(both[:, 0].sum() / both[:, 1].sum(), sums[:, 0] / sums[:, 1])
 
 
+def gain(before: np.ndarray, after: np.ndarray, samples: int) -> Interval:
+    """How much a measure has risen on the same examples: the mean of the differences, float64 or bool [examples] each."""
+    return interval_of_ratio(after.astype(np.float64) - before, np.ones(len(before)), samples)
+
+
+def is_interval(value: Any) -> bool:
+    """Whether this is one, among other things that are said of a model."""
+    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
+
+
 def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """Whether two models that answered the same examples are right equally often: bool [examples] each.
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mistral_dist import checkpoint
 from mistral_dist.base_cache import fingerprint
 from mistral_dist.checkpoint import Progress, Snapshot
@@ -90,7 +88,8 @@ class Session:
         runtime.refuse_drift({"attention": attention, f"the base {recipe.model.name}": session.base, **data})
         found = session._find_checkpoint()
         if found is None:
-            runtime.refuse_drift({"the adapter to begin with": content_of(earlier_adapter(recipe))})
+            begun = earlier_adapter(recipe)
+            runtime.refuse_drift({"the adapter to begin with": checkpoint.content_of(begun) if begun is not None else ""})
         ranks = f"{runtime.world_size} x {runtime.device.type}"
         session.say(f"{ranks}, {runtime.sharding}, attention {attention}, {session.steps} steps; loading the model")
         runtime.agree_to_go_on()
@@ -383,11 +382,6 @@ class Session:
             "rng": {"seed": self.recipe.train.seed},
             "written_by": {"world_size": self.runtime.world_size, "sharding": self.runtime.sharding},
         }
-
-
-def content_of(adapter: Path | None) -> str:
-    """A fingerprint of a saved adapter's weights; empty for none."""
-    return "" if adapter is None else str(xxhash.xxh128((adapter / "adapter_model.safetensors").read_bytes()).hexdigest())
 
 
 def name_of(step: int) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mistral_dist.errors import RecipeError
-from mistral_dist.resampling import Interval, interval_of_ratio
+from mistral_dist.resampling import Interval, gain, interval_of_ratio
 
 Metric = Callable[[str, str], float]
 """(answer, reference) -> a number; its mean is reported."""
@@ -83,7 +83,7 @@ def report(each: Mapping[str, np.ndarray], answers: Sequence[str], references: S
 
 def difference(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], samples: int) -> dict[str, Interval]:
     """How much better tuned is than base on the same examples, by each measure of a single answer."""
-    return {name: interval_of_ratio(tuned[name] - base[name], np.ones(len(base[name])), samples) for name in base}
+    return {name: gain(base[name], tuned[name], samples) for name in base}
 
 
 def _of_the_whole(answers: Sequence[str], references: Sequence[str], samples: int) -> dict[str, Interval]:

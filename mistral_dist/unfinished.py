@@ -7,8 +7,9 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from mistral_dist.journal import Journal
 from mistral_dist.runtime.engine import Runtime
 
 PATTERN = "unfinished-*.jsonl"
@@ -20,7 +21,7 @@ class Unfinished:
     def __init__(self, folder: Path, rank: int, fingerprint: str, before: Mapping[str, Any]) -> None:
         """`before`: what earlier launches have found, the same on each rank; see `of`."""
         self._folder, self._rank, self._fingerprint = folder, rank, fingerprint
-        self._stream: TextIO | None = None
+        self._journal: Journal | None = None
         self.before = before
         self.found: dict[str, Any] = {}
         """By this rank in this launch."""
@@ -32,30 +33,23 @@ class Unfinished:
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Keep values; a process that is killed a moment later has them."""
-        if self._stream is None:
+        if self._journal is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             # a name of its own for each launch: a line that a kill has torn stays the last of its file
-            file = self._folder / PATTERN.replace("*", f"{self._rank}-{uuid.uuid4().hex[:8]}")
-            self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the work goes on
-            self._stream.write(json.dumps({"of": self._fingerprint}) + "\n")
-        self._stream.write(json.dumps(dict(values)) + "\n")
-        self._stream.flush()
+            self._journal = Journal(self._folder / PATTERN.replace("*", f"{self._rank}-{uuid.uuid4().hex[:8]}"))
+            self._journal.append({"of": self._fingerprint})
+        self._journal.append(dict(values))
         self.found |= values
 
     def discard(self) -> None:
         """The work is done, or is to be done anew: nothing is kept."""
-        discard(self._folder)
+        for file in self._folder.glob(PATTERN):
+            file.unlink(missing_ok=True)
 
 
 def read(folder: Path, fingerprint: str) -> dict[str, Any]:
     """What earlier launches have found of this very work."""
     return {key: value for file in sorted(folder.glob(PATTERN)) for key, value in _read(file, fingerprint)}
-
-
-def discard(folder: Path) -> None:
-    """Remove what any rank has kept in a folder."""
-    for file in folder.glob(PATTERN):
-        file.unlink(missing_ok=True)
 
 
 def _read(file: Path, fingerprint: str) -> Iterator[tuple[str, Any]]:

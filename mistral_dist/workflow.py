@@ -54,9 +54,7 @@ def start_training(
     status = None if fresh else run.status()
     if _is_finished(recipe, run, status):
         return FINISHED
-    check_trackers(recipe.log.trackers)
-    if not any(run.checkpoints.glob("checkpoint-*")):  # a run that goes on has its own
-        earlier_adapter(recipe)
+    _look_ahead(recipe, run)
     prepare_for_training(recipe, elsewhere=asked.nodes is not None)
     if fresh:  # only now, when nothing speaks against the new run
         old = move_aside(run.path)
@@ -103,10 +101,15 @@ def check_training(recipe: Recipe, asked: Topology = ANY, *, fresh: bool = False
     if _is_finished(recipe, run, run.status()):
         raise RunError(f"{run.path}: is finished, so there is nothing to start a job for")
     local_path(recipe.model)
-    check_trackers(recipe.log.trackers)
-    if not any(run.checkpoints.glob("checkpoint-*")):
-        earlier_adapter(recipe)
+    _look_ahead(recipe, run)
     prepare_for_training(recipe, elsewhere=True)
+
+
+def _look_ahead(recipe: Recipe, run: RunDirectory) -> None:
+    """What the workers would otherwise find missing, after a minute: a tracker, the adapter to begin with. Raises UserError."""
+    check_trackers(recipe.log.trackers)
+    if not any(run.checkpoints.glob("checkpoint-*")):  # a run that goes on has its own
+        earlier_adapter(recipe)
 
 
 def _is_finished(recipe: Recipe, run: RunDirectory, status: dict[str, Any] | None) -> bool:

@@ -11,7 +11,7 @@ from mistral_dist.answers import MODELS, label_row, label_scores, write_answers
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
 from mistral_dist.exams.exam import WORST, Answers, Lines, Marked, Records, by_length, rows_of, shown
-from mistral_dist.resampling import interval_of_ratio, mcnemar
+from mistral_dist.resampling import gain, mcnemar
 from mistral_dist.runtime.engine import Runtime
 
 KEPT = 4096
@@ -93,14 +93,13 @@ def _marked(recipe: Recipe, records: Records, given: Given, scores: Lines, worst
     truth = [labels.index(record["label"]) for record in records]
     base, tuned = (np.array([label == wanted for label, wanted in zip(given[which], truth, strict=True)]) for which in MODELS)
     reports = {which: metrics.report(metrics.confusion_matrix(truth, given[which], len(labels)), labels, samples) for which in MODELS}
-    gained = interval_of_ratio(tuned.astype(np.float64) - base, np.ones(len(truth)), samples)
     named = {which: [None if label is None else labels[label] for label in given[which]] for which in MODELS}
     predictions = [
         {"id": record["id"], "place": record["place"], "label": record["label"], **{which: named[which][index] for which in MODELS}}
         for index, record in enumerate(records)
     ]
     about = {"labels": labels, "method": recipe.evaluate.method}
-    difference = {"accuracy": gained, "mcnemar": mcnemar(base, tuned)}
+    difference = {"accuracy": gain(base, tuned, samples), "mcnemar": mcnemar(base, tuned)}
     return Marked(reports["base"], reports["tuned"], difference, about, predictions=predictions, scores=scores, worst=worst[:WORST])
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mistral_dist.report.facts import Facts
+from mistral_dist.resampling import is_interval
 
 BASE, TUNED, EXTRA, BAD = "#8a8f98", "#3b82f6", "#f59e0b", "#ef4444"
 """Colours that can be told apart on white and on black, also by those who see no red and green."""
@@ -147,7 +148,7 @@ def _thinned(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray
 
 
 def _is_share(name: str, value: Any) -> bool:
-    return name in SHARES and isinstance(value, dict) and {"value", "low", "high"} <= set(value)
+    return name in SHARES and is_interval(value)
 
 
 def _words(name: str) -> str:

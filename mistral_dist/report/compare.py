@@ -8,7 +8,7 @@ import numpy as np
 
 from mistral_dist.config import leaves
 from mistral_dist.report.facts import Facts
-from mistral_dist.resampling import Interval, interval_of_ratio, mcnemar
+from mistral_dist.resampling import Interval, gain, interval_of_ratio, mcnemar
 
 UNSAID = ("run.dir", "data.dir", "model.path")
 """Where things lie, which is no difference."""
@@ -60,9 +60,10 @@ def difference(first: Facts, second: Facts) -> Difference | str:
     if any(before[id].get("label") != after[id].get("label") for id in before):
         return "evaluated on examples with other labels"
     if first.test["task"] == "classification":
-        right = [np.array([line["tuned"] == line["label"] for line in lines]) for lines in (before.values(), (after[id] for id in before))]
-        gained = interval_of_ratio(right[1].astype(float) - right[0], np.ones(len(right[0])), SAMPLES)
-        return Difference("accuracy", gained, len(before), mcnemar(*right)["p_value"])
+        first_right, second_right = (
+            np.array([line["tuned"] == line["label"] for line in lines]) for lines in (before.values(), (after[id] for id in before))
+        )
+        return Difference("accuracy", gain(first_right, second_right, SAMPLES), len(before), mcnemar(first_right, second_right)["p_value"])
     if any(before[id]["targets"] != after[id]["targets"] for id in before):
         return "another tokenizer or format: the loss per token is not comparable"
     targets = np.array([line["targets"] for line in before.values()], np.float64)

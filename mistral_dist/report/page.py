@@ -12,6 +12,7 @@ from mistral_dist.display import leakage, minutes
 from mistral_dist.report import charts
 from mistral_dist.report.compare import Difference, difference, differing_fields
 from mistral_dist.report.facts import Facts
+from mistral_dist.resampling import is_interval
 
 WORST, SAMPLES = 12, 8
 """Examples shown."""
@@ -72,14 +73,10 @@ def _measures(test: dict[str, Any]) -> list[tuple[str, str, str]]:
     base, tuned = test["base"], test["tuned"]
     # where each answer is a label, all that is said over all decisions is the accuracy
     known = [name for name in base if not name.endswith("_micro") or base[name] != base["accuracy"] or tuned[name] != tuned["accuracy"]]
-    found = [(name, base[name], tuned[name]) for name in known if _is_interval(base[name])]
+    found = [(name, base[name], tuned[name]) for name in known if is_interval(base[name])]
     written = base.get("written", {})
-    found += [(name, written[name], tuned["written"][name]) for name in written if _is_interval(written[name])]
+    found += [(name, written[name], tuned["written"][name]) for name in written if is_interval(written[name])]
     return [(name.replace("_", " "), _told(before), _told(after)) for name, before, after in found]
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
 
 
 def _told(measure: dict[str, float] | None) -> str:

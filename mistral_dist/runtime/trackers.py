@@ -15,15 +15,12 @@ from typing import Any
 from mistral_dist.errors import RecipeError
 from mistral_dist.files import read_json, write_text
 
-LIBRARIES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
-"""Which library each tracker needs."""
-
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise RecipeError for a tracker whose library is not there."""
+    """Raise RecipeError for a tracker that is not there; each has the name of its library."""
     for name in names:
-        if importlib.util.find_spec(LIBRARIES[name]) is None:
-            raise RecipeError(f"log.trackers: {name} is not installed: pip install {LIBRARIES[name]}, or take it out")
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"log.trackers: {name} is not installed: pip install {name}, or take it out")
 
 
 class Trackers:
@@ -48,7 +45,8 @@ class Trackers:
                     known[name] = called
                     if name != "tensorboard":  # which makes a run of its own of them
                         tracker.store_init_configuration({key: str(value) for key, value in self._recipe.items()})
-        write_text(file, json.dumps(known, indent=2) + "\n")
+        with contextlib.suppress(OSError):  # a full disk: the next start begins another run there
+            write_text(file, json.dumps(known, indent=2) + "\n")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Show the numbers among these, as of a step."""

@@ -48,6 +48,14 @@ def test_a_base_is_known_by_its_content(
     assert home.exists() == (cache != "off")
 
 
+def test_code_of_its_own_belongs_to_a_base(copy: Path, home: Path) -> None:  # noqa: F811
+    first = fingerprint(model_at(copy))
+    (copy / "modeling_own.py").write_text("scale = 1\n")
+    second = fingerprint(model_at(copy))
+    (copy / "modeling_own.py").write_text("scale = 2 # another forward\n")
+    assert len({first, second, fingerprint(model_at(copy))}) == 3
+
+
 def test_the_settings_that_change_the_numbers_belong_to_it(copy: Path, home: Path) -> None:  # noqa: F811
     found = {fingerprint(model_at(copy, dtype, quantization)) for dtype in ("float32", "bfloat16") for quantization in ("nf4", "none")}
     assert len(found) == 4

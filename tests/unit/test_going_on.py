@@ -49,6 +49,24 @@ def saved(run: RunDirectory) -> Path:
     return checkpoint.save(run.checkpoints, replace(snapshot(5), facts=session(run)._facts()), Checkpoint())
 
 
+def test_a_run_that_another_took_over_is_neither_cut_back_nor_thinned_out(
+    run: RunDirectory, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease was lost while this process loaded, or was paused."""
+    late = session(run)
+    late._find_checkpoint()
+    run.append("metrics.jsonl", {"step": 9})
+    monkeypatch.setattr(run, "check_publishing", fails_with(errno.ETIMEDOUT))
+    for write in (late._mark_start, late._cut_back, lambda: late._retreat(5)):
+        with pytest.raises(OSError):
+            write()
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 9}\n'
+    assert saved.is_dir()
+    monkeypatch.undo()
+    late._cut_back()
+    assert (run.path / "metrics.jsonl").read_text() == ""
+
+
 def test_with_the_same_it_goes_on(run: RunDirectory, saved: Path) -> None:
     same = session(run)
     assert same._find_checkpoint() == saved

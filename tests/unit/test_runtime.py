@@ -124,11 +124,24 @@ def test_a_precision_that_is_switched_off_may_stand() -> None:
     assert resolve_deepspeed({**ZERO2, "fp16": {"enabled": False}}, recipe(), 2)["fp16"] == {"enabled": False}
 
 
-@pytest.mark.parametrize("key", ["communication_data_type", "zero_optimization.zero_quantized_gradients"])
+@pytest.mark.parametrize(
+    "key",
+    ["communication_data_type", "gradient_allreduce_op", "zero_optimization.zero_quantized_gradients", "zero_optimization.zenflow"],
+)
 def test_what_would_round_gradients_is_refused(key: str) -> None:
     section, _, name = key.rpartition(".")
     config = {**ZERO2, section: {**ZERO2[section], name: True}} if section else {**ZERO2, name: "bf16"}
     with pytest.raises(MachineError, match=f"mine.json: {key} changes what is learned; remove it"):
+        resolve_deepspeed(config, recipe(), 2, "mine.json")
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+def test_gradients_are_gathered_in_float32(dtype: str | None) -> None:
+    config = {**ZERO2, "data_types": {"grad_accum_dtype": dtype}}
+    if dtype != "bf16":
+        assert resolve_deepspeed(config, recipe(), 2, "mine.json")["data_types"] == {"grad_accum_dtype": dtype}
+        return
+    with pytest.raises(MachineError, match=r'mine\.json: data_types\.grad_accum_dtype changes what is learned; write "fp32"'):
         resolve_deepspeed(config, recipe(), 2, "mine.json")
 
 
