@@ -271,8 +271,13 @@ def _ended(
 def _wait_for_first(run: RunDirectory, before: dict[str, Any] | None) -> None:
     """On another node than the first: give that, which writes, a moment to say how the run ended. `before`: what was said before it."""
     end = time.monotonic() + launcher.GRACE
-    while (holder(run.path) is not None or run.status() == before) and time.monotonic() < end:
+    while (holder(run.path) is not None or _is_going_on(run.status(), before)) and time.monotonic() < end:
         time.sleep(0.5)
+
+
+def _is_going_on(status: dict[str, Any] | None, before: dict[str, Any] | None) -> bool:
+    """Whether nothing tells yet how this launch ended. `before`: what was said before it."""
+    return status is None or status["state"] == "running" or status == before
 
 
 def _fail(run: RunDirectory, message: str) -> dict[str, Any]:

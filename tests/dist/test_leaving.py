@@ -435,7 +435,7 @@ def test_nodes_that_count_each_other_differently(counts: tuple[int, int], code: 
     command = ["train", recipe, f"run.dir={run}", "--processes", "1", "--zero", "0", "--main-address", f"127.0.0.1:{free_port()}"]
     with ThreadPoolExecutor(2) as both:
         nodes = [
-            both.submit(mistral_dist, *command, "--nodes", str(count), "--node-rank", str(rank), MISTRAL_DIST_JOIN_SECONDS="10")
+            both.submit(mistral_dist, *command, "--nodes", str(count), "--node-rank", str(rank), MISTRAL_DIST_JOIN_SECONDS="15")
             for rank, count in enumerate(counts)
         ]
         ended = [node.result() for node in nodes]

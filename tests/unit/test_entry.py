@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +200,19 @@ def test_what_this_node_has_seen_is_told_beside_what_another_has_noted(
     with pytest.raises(TrainingError, match=r"run: node 0 at a does not answer any more, for 9 s\. The last lines"):
         workflow._ended(run, log, 1, None, 1.0, cause(log.read_text()), seen)
     assert told(run) == ("failed", 1, "node 0 at a does not answer any more, for 9 s")
+
+
+def test_another_node_waits_for_what_the_first_says(run: RunDirectory) -> None:
+    """Of two that wait for a third in vain, both give up at once; the first knows how many came."""
+    run.set_status("running", None, "starting")
+    log = run.path / "log-node1.txt"
+    log.write_text("wait timeout after 10000ms, keys: /torch.rendezvous/assigned_ranks\n")
+    first = Timer(1.5, run.set_status, ("failed", 1, "only 2 of 3 nodes came within 11 s"))
+    first.start()
+    with pytest.raises(TrainingError, match=r"only 2 of 3 nodes came"):
+        workflow._ended(run, log, 1, None, 1.0, cause(log.read_text()))
+    first.join()
+    assert told(run) == ("failed", 1, "only 2 of 3 nodes came within 11 s")
 
 
 def fail_while_loading(run: RunDirectory) -> None:
