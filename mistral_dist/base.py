@@ -125,6 +125,12 @@ def quantize(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> 
     return {"weight": packed.view(dtype).unsqueeze(1), **parts}
 
 
+def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weight that the parts of `quantize` mean, as a layer computes with it, in the dtype that they were made from."""
+    state = bnb.functional.QuantState.from_dict({name: part for name, part in parts.items() if name != "weight"}, parts["weight"].device)
+    return bnb.functional.dequantize_4bit(parts["weight"].view(torch.uint8).view(-1, 1), state)
+
+
 def _settings(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -135,7 +141,7 @@ def _settings(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
     )
 
 
-class _Checkpoint:
+class Checkpoint:
     """A base's own files, and what the model makes of the tensors in them."""
 
     def __init__(self, path: Path, files: Mapping[str, Path], linear: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -148,6 +154,10 @@ class _Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is in the files."""
         return self.where[name].get_tensor(name)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a tensor, which is not read."""
+        return torch.Size(self.where[name].get_slice(name).get_shape())
 
     def plain(self, name: str) -> torch.Tensor:
         """A tensor that is not quantized, in the compute dtype."""
@@ -170,7 +180,7 @@ class _Checkpoint:
     def bytes(self) -> int:
         """About what the quantized model takes: 4 bits a value and 3 % for their scales."""
         size = self.dtype.itemsize
-        others = (_numel(handle.get_slice(name)) for name, handle in self.where.items() if name not in self.linear)
+        others = (self.shape(name).numel() for name in self.where if name not in self.linear)
         return int(sum(self.linear.values()) * 0.515) + sum(others) * size
 
     def lazy(self) -> Tensors:
@@ -200,10 +210,6 @@ _PARTS = (
     "weight.nested_quant_map",
     "weight.quant_state.bitsandbytes__nf4",
 )
-
-
-def _numel(piece: Any) -> int:
-    return int(torch.Size(piece.get_shape()).numel())
 
 
 def _streamed(model: Model, path: Path, dtype: torch.dtype, device: torch.device, attention: str) -> Any | None:
@@ -255,7 +261,17 @@ def _kind(config: Any) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _open(config: Any, path: Path, dtype: torch.dtype, device: torch.device) -> _Checkpoint | None:
+def open_checkpoint(model: Model, device: torch.device) -> Checkpoint | None:
+    """A base's files, tensor by tensor, with what would be quantized; None where the base is not laid out as expected."""
+    dtype, path = compute_dtype(model, device), local_path(model)
+    config = _config(model, path)
+    if config is None:
+        return None
+    config.quantization_config = _settings(dtype).to_dict()
+    return _open(config, path, dtype, device)
+
+
+def _open(config: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Checkpoint | None:
     """The base's files, if its linear weights are in them under the model's own names."""
     with torch.device("meta"):
         skeleton = _kind(config)(config)
@@ -263,7 +279,7 @@ def _open(config: Any, path: Path, dtype: torch.dtype, device: torch.device) -> 
         if hasattr(config, "quantization_config"):
             AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True).preprocess_model(skeleton, device_map=None)
     linear = {f"{name}.weight": module for name, module in skeleton.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    checkpoint = _Checkpoint(path, weight_files(path), {name: sizes[name] for name in linear}, dtype, device)
+    checkpoint = Checkpoint(path, weight_files(path), {name: sizes[name] for name in linear}, dtype, device)
     ordinary = all(module.source_cls is torch.nn.Linear for module in linear.values())
     return checkpoint if ordinary and linear.keys() <= checkpoint.where.keys() else None
 
@@ -287,7 +303,7 @@ def _assembled(config: Any, path: Path, dtype: torch.dtype, attention: str, tens
     return base
 
 
-def _ensure(model: Model, checkpoint: _Checkpoint, damaged: Entry | None = None) -> Entry | None:
+def _ensure(model: Model, checkpoint: Checkpoint, damaged: Entry | None = None) -> Entry | None:
     """The base's entry in the cache, written from its files where there is none."""
     return base_cache.ensure(
         model, checkpoint.device.type, checkpoint.bytes(), lambda folder: _write(checkpoint.tensors(), folder), _note, damaged
@@ -352,13 +368,9 @@ def main(words: list[str]) -> int:
     try:
         model = Model.model_validate(json.loads(words[0]))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype, path = compute_dtype(model, device), local_path(model)
-        config = _config(model, path)
-        if config is not None:
-            config.quantization_config = _settings(dtype).to_dict()
-            checkpoint = _open(config, path, dtype, device)
-            if checkpoint is not None:
-                _ensure(model, checkpoint)
+        checkpoint = open_checkpoint(model, device)
+        if checkpoint is not None:
+            _ensure(model, checkpoint)
         return 0
     except (MistralDistError, OSError, ValueError, SafetensorError) as error:
         print(str(error).splitlines()[0], file=sys.stderr)

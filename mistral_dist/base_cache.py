@@ -24,7 +24,7 @@ from typing import Any
 
 from mistral_dist.config import Model, digest
 from mistral_dist.errors import ModelError, RunError
-from mistral_dist.files import aside_of, asides_of, publish, read_json, remove, write_text
+from mistral_dist.files import aside_of, asides_of, publish, read_json, remove, sha256, write_text
 from mistral_dist.hub import free_bytes, local_path
 from mistral_dist.runtime import process
 
@@ -246,7 +246,7 @@ def _digests_of(home: Path | None, base: Path) -> dict[str, str]:
 def _hashed(base: Path) -> dict[str, str]:
     files = _files(base)
     with ThreadPoolExecutor(HASHERS) as threads:
-        return dict(zip(files, threads.map(_sha256, files.values()), strict=True))
+        return dict(zip(files, threads.map(sha256, files.values()), strict=True))
 
 
 def _digests(home: Path, base: Path) -> dict[str, str]:
@@ -265,11 +265,6 @@ def _digests(home: Path, base: Path) -> dict[str, str]:
 
 def _memo(home: Path, base: Path) -> Path:
     return home / "digests" / f"{hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:16]}.json"
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The README of an adapter: what it was made from, and how."""
 
+import re
+
 from mistral_dist.config import Recipe, Source
 from mistral_dist.data.remote import shown
 
@@ -23,6 +25,12 @@ A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), t
 {publishable(recipe).dump().rstrip()}
 ```
 """
+
+
+def origin(card: str) -> tuple[int, str] | None:
+    """(steps, data in words) as `model_card` wrote them; None where another card stands there."""
+    found = re.search(r"trained by mistral-dist for (\d+) steps on\n(.*)\.\n", card)
+    return None if found is None else (int(found[1]), found[2])
 
 
 def publishable(recipe: Recipe) -> Recipe:

@@ -12,7 +12,6 @@ stage. All noise is drawn from (seed, step, slot), so the seed and the step are 
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from mistral_dist import config
 from mistral_dist.data.cursor import Cursor
 from mistral_dist.errors import CheckpointError
-from mistral_dist.files import aside_of, publish, remove
+from mistral_dist.files import aside_of, publish, remove, sha256
 from mistral_dist.guards import Guard
 from mistral_dist.validation import Validation
 
@@ -115,7 +114,7 @@ def save(folder: Path, snapshot: Snapshot, rules: config.Checkpoint, permit: Cal
     try:
         aside.mkdir(parents=True)
         save_adapter(aside / "adapter", snapshot.adapter, snapshot.adapter_config)
-        _write_tensors(aside / "optimizer.safetensors", snapshot.moments)
+        write_tensors(aside / "optimizer.safetensors", snapshot.moments)
         _write_json(aside / "progress.json", {**asdict(snapshot.progress), "metric": snapshot.metric, **snapshot.facts})
         _write_json(aside / "manifest.json", _manifest(aside))
         permit()
@@ -141,7 +140,7 @@ def save_adapter(folder: Path, adapter: Tensors, peft_config: Any) -> None:
     bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
-    _write_tensors(folder / "adapter_model.safetensors", named)
+    write_tensors(folder / "adapter_model.safetensors", named)
     peft_config.save_pretrained(str(folder))
     try:
         read = load_file(folder / "adapter_model.safetensors")
@@ -281,14 +280,14 @@ def verify(path: Path) -> str | None:
         return "manifest.json cannot be read"
 
 
-def _problem(file: Path, name: str, size: int, sha256: str) -> str | None:
+def _problem(file: Path, name: str, size: int, wanted: str) -> str | None:
     try:
         found = file.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
     if found != size:
         return f"{name} has {found} bytes, not {size}"
-    return f"{name} has another checksum" if _sha256(file) != sha256 else None
+    return f"{name} has another checksum" if sha256(file) != wanted else None
 
 
 def written_with(path: Path) -> dict[str, str]:
@@ -364,7 +363,7 @@ def _noted(path: Path) -> Noted:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     return {
-        "files": {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(folder)},
+        "files": {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(folder)},
         "versions": versions(),
     }
 
@@ -373,7 +372,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _write_tensors(file: Path, tensors: Tensors) -> None:
+def write_tensors(file: Path, tensors: Tensors) -> None:
+    """Write contiguous tensors as a safetensors file. Raises OSError where that cannot be, also for what the library wraps."""
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -382,11 +382,6 @@ def _write_tensors(file: Path, tensors: Tensors) -> None:
         raise OSError(number, os.strerror(number) if found else str(error), str(file)) from error
     # the library leaves it to its owner alone; whoever serves the adapter must be able to read it
     file.chmod(0o644)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

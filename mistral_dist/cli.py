@@ -258,7 +258,7 @@ def chat(
     """Ask base and tuned model in the terminal, side by side; a classifier answers with probabilities."""
     from mistral_dist.answers import MODELS
     from mistral_dist.chat import Chat
-    from mistral_dist.display import console, say
+    from mistral_dist.display import ask, console, probabilities_table, say
     from mistral_dist.errors import DataError
     from mistral_dist.evaluate import recipe_of
     from mistral_dist.run import RunDirectory
@@ -268,10 +268,10 @@ def chat(
     with console.status("loading the model"):
         session = Chat(recipe, run)
     turns: list[dict[str, str]] = []
-    for text in [message] if message is not None else iter(_ask, None):
+    for text in [message] if message is not None else iter(ask, None):
         try:
             if recipe.task.kind == "classification":
-                console.print(_probabilities(session.classify(text, MODELS[tuned:])))
+                console.print(probabilities_table(session.classify(text, MODELS[tuned:])))
             else:
                 for which in MODELS[tuned:]:  # the conversation goes on with the tuned model's answer, which is the last
                     if not tuned:
@@ -282,6 +282,37 @@ def chat(
             if message is not None:
                 raise
             say(str(error))
+
+
+@app.command(
+    epilog="Examples: `mistral-dist export runs/demo models/demo`;"
+    " `mistral-dist export runs/chat models/chat model.dtype=float32 --form merged-nf4 --no-compare`"
+)
+def export(
+    run_folder: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet")],
+    overrides: Overrides = None,
+    form: Annotated[
+        str, typer.Option("--form", help="adapter, merged-bf16, merged-nf4, or best: what is most like the live adapter")
+    ] = "best",
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="The mean KL, in nats, above which a form is refused")] = 0.1,
+    compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Load whole models, one at a time, and compare them")] = True,
+) -> None:
+    """Write a folder that can be served: the adapter, or a whole model; and measure whether it is the model that was trained."""
+    from mistral_dist.display import console, figures_table, say
+    from mistral_dist.evaluate import CHOICES, recipe_of
+    from mistral_dist.export.forms import form_named
+    from mistral_dist.export.verb import Wish
+    from mistral_dist.export.verb import export as write
+    from mistral_dist.run import RunDirectory
+
+    run, wish = RunDirectory(run_folder), Wish(form_named(form), tolerance, compare)
+    recipe = recipe_of(run, overrides or [], (*CHOICES, "model.dtype="))
+    with console.status("reading the run") as status:
+        chosen, rows = write(run, recipe, out, wish, status.update)
+    if rows:
+        console.print(figures_table(rows))
+    say(f"{out}: {chosen}")
 
 
 @app.command(epilog="Examples: `mistral-dist status runs/demo`; `mistral-dist status runs/demo --follow`")
@@ -321,25 +352,6 @@ def demo(
     from mistral_dist.tour import show
 
     raise typer.Exit(show(recipe_file or assets.find("configs/recipes/demo.yaml"), overrides or []))
-
-
-def _ask() -> str | None:
-    """The next line of the user; None at the end of input."""
-    try:
-        return input("> ")
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-
-
-def _probabilities(answers: dict[str, dict[str, float]]) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("label", *answers)
-    for label, _ in sorted(answers["tuned"].items(), key=lambda item: -item[1]):
-        table.add_row(escape(label), *(f"{answers[which][label]:.3f}" for which in answers))
-    return table
 
 
 def _told(error: Any) -> str:

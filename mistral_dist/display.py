@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -132,6 +132,34 @@ def _add_measures(table: Table, measures: dict[str, tuple[Any, Any]]) -> None:
     for name, (base, tuned) in measures.items():
         if is_interval(base) and not name.endswith(("_micro", "_weighted")):
             table.add_row(escape(name.replace("_", " ")), _interval(base), _interval(tuned))
+
+
+def figures_table(rows: Sequence[Sequence[str]]) -> Table:
+    """A head, then rows of a name and figures."""
+    head, *lines = rows
+    table = Table(head[0])
+    for name in head[1:]:
+        table.add_column(name, justify="right")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def probabilities_table(answers: dict[str, dict[str, float]]) -> Table:
+    """Each label's probability, by model, the tuned one's likeliest first."""
+    table = Table("label", *answers)
+    for label, _ in sorted(answers["tuned"].items(), key=lambda item: -item[1]):
+        table.add_row(escape(label), *(f"{answers[which][label]:.3f}" for which in answers))
+    return table
+
+
+def ask() -> str | None:
+    """The next line of the user; None at the end of input."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
 
 
 def audit_table(manifest: dict[str, Any], path: Path) -> Table:

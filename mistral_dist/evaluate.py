@@ -105,14 +105,14 @@ CHOICES = ("evaluate.", "model.path=")
 """Overrides that an evaluation or a chat may be given: they do not say what was trained."""
 
 
-def recipe_of(run: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
+def recipe_of(run: RunDirectory, overrides: Sequence[str] = (), choices: tuple[str, ...] = CHOICES) -> Recipe:
     """The recipe of a finished run, with overrides. Raises RunError where there is no adapter yet, or for another override."""
     run.recipe()
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise RunError(f"{run.path}: no adapter yet; finish the training with `mistral-dist train` first")
     for word in overrides:
-        if not word.startswith(CHOICES):
-            raise RunError(f"{word}: is part of what was trained; here only {' '.join(CHOICES).replace('=', '')} can be chosen")
+        if not word.startswith(choices):
+            raise RunError(f"{word}: is part of what was trained; here only {' '.join(choices).replace('=', '')} can be chosen")
     return Recipe.load(run.path / "recipe.yaml", overrides)
 
 

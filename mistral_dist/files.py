@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -60,6 +61,12 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise RunError(f"{file}: is damaged (no JSON object in it); remove it")
     return content
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, 64 hex digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe(error: OSError, what: str, folder: Path, needed: int | None = None) -> str:

@@ -10,7 +10,7 @@ from mistral_dist import checkpoint
 POINTS = {
     # of the functions by which a checkpoint is written: the point before, the point after
     "aside_of": ("before the folder", ""),
-    "_write_tensors": ("", "inside a tensor file"),
+    "write_tensors": ("", "inside a tensor file"),
     "_manifest": ("before the manifest", ""),
     "publish": ("before the rename", "after the rename"),
 }

@@ -156,7 +156,7 @@ def test_files_are_hashed_once(copy: Path, home: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(base_cache, "SAME_MOMENT", 0)
     model = model_at(copy)
     load_base(model, CPU, "sdpa")
-    monkeypatch.setattr(base_cache, "_sha256", None)
+    monkeypatch.setattr(base_cache, "sha256", None)
     assert base_cache.find(model, "cpu") is not None
     assert base_cache.find(model, "cuda") is None
     assert base_cache.find(model_at(copy, "bfloat16"), "cpu") is None

@@ -76,8 +76,8 @@ def test_a_base_of_the_same_shapes_is_another_one(copy: Path, home: Path) -> Non
 def test_files_are_read_once_and_again_after_a_change(copy: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(base_cache, "SAME_MOMENT", 0)
     read: list[str] = []
-    real = base_cache._sha256
-    monkeypatch.setattr(base_cache, "_sha256", lambda file: (read.append(file.name), real(file))[1])
+    real = base_cache.sha256
+    monkeypatch.setattr(base_cache, "sha256", lambda file: (read.append(file.name), real(file))[1])
     first = fingerprint(model_at(copy))
     assert sorted(read) == ["config.json", "model.safetensors"]
     assert fingerprint(model_at(copy)) == first

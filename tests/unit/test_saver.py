@@ -51,14 +51,14 @@ def fails_with(number: int) -> Callable[..., None]:
 
 def test_a_checkpoint_is_written_beside_the_steps(run: RunDirectory, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     may_go_on, main = threading.Event(), threading.current_thread()
-    real, wrote = checkpoint._write_tensors, []
+    real, wrote = checkpoint.write_tensors, []
 
     def slowly(*words: Any) -> None:
         wrote.append(threading.current_thread())
         assert may_go_on.wait(30)
         real(*words)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", slowly)
+    monkeypatch.setattr(checkpoint, "write_tensors", slowly)
     saver.start(snapshot(5), 0.25)
     assert saver.is_writing() and not saver.settle()
     assert saver.take_clocks() == {}
@@ -101,7 +101,7 @@ def test_the_steps_are_on_the_disk_before_the_checkpoint_says_so(run: RunDirecto
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-@pytest.mark.parametrize("place", ["aside_of", "save_adapter", "_write_tensors", "_write_json", "_manifest", "publish"])
+@pytest.mark.parametrize("place", ["aside_of", "save_adapter", "write_tensors", "_write_json", "_manifest", "publish"])
 def test_a_save_that_fails_is_told_once_and_passes(
     run: RunDirectory, saver: Saver, said: list[str], monkeypatch: pytest.MonkeyPatch, place: str, number: int
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_save_that_fails_is_told_once_and_passes(
 
 
 def test_the_last_save_must_succeed(run: RunDirectory, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_write_tensors", fails_with(errno.ENOSPC))
+    monkeypatch.setattr(checkpoint, "write_tensors", fails_with(errno.ENOSPC))
     saver.start(snapshot(20), 0.0)
     with pytest.raises(MachineError) as caught:
         saver.finish()
@@ -264,7 +264,7 @@ def test_a_folder_that_has_become_read_only_passes(disk: Path, said: list[str]) 
 def test_tensors_that_do_not_fit_are_an_error_of_the_disk(disk: Path) -> None:
     """The library that writes them has errors of its own."""
     with pytest.raises(OSError, match="No space left") as caught:
-        checkpoint._write_tensors(disk / "optimizer.safetensors", {"a": torch.zeros(1 << 20)})
+        checkpoint.write_tensors(disk / "optimizer.safetensors", {"a": torch.zeros(1 << 20)})
     assert caught.value.errno == errno.ENOSPC
 
 

@@ -1,0 +1,163 @@
+"""What lies beside the weights in an exported folder: all that an engine needs to ask the model as it was taught."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from mistral_dist.card import publishable
+from mistral_dist.config import Recipe
+from mistral_dist.data.encode import Encoder
+from mistral_dist.data.mistral_format import tokenizer_file
+from mistral_dist.export.forms import MEANS, Form
+from mistral_dist.export.likeness import Likeness
+from mistral_dist.files import sha256, write_text
+from mistral_dist.hub import local_path
+
+SUMS = "SHA256SUMS"
+"""Of all other files; `sha256sum --check SHA256SUMS` reads it."""
+Likenesses = dict[Form, Likeness]
+
+
+def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -> None:
+    """Tokenizer, chat template, generation settings with the token that ends an answer, and of a merged model its configuration."""
+    tokenizer, base = encoder.tokenizer, local_path(recipe.model)
+    tokenizer.save_pretrained(str(folder))
+    own = tokenizer_file(base, plain=True)
+    if own is not None:  # Mistral's own, which vLLM takes with --tokenizer-mode mistral
+        shutil.copyfile(own, folder / own.name)
+    if form is Form.ADAPTER:
+        return
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=recipe.model.trust_remote_code)
+    config.dtype = recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16"
+    config.use_cache = True
+    config.save_pretrained(folder)
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    transformers.GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=pad).save_pretrained(folder)
+
+
+def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any], folder: Path) -> None:
+    """README.md, and export.json with the same figures for programs.
+
+    `facts`: `origin` (steps and data, in words), `test` (what evaluation/test.json says, or None), `examples` (how many were compared).
+    """
+    figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
+    write_text(folder / "export.json", json.dumps({"form": form, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
+    write_text(folder / "README.md", _card(recipe, form, likenesses, facts))
+
+
+def write_sums(folder: Path) -> None:
+    """The SHA-256 of every file, the last thing that is written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_text(folder / SUMS, "".join(f"{sha256(file)}  {file.relative_to(folder)}\n" for file in files))
+
+
+def rows(likenesses: Likenesses) -> list[tuple[str, ...]]:
+    """A table: its head, then a row for each form; empty where nothing was measured."""
+    measured = list(likenesses.items())
+    if not measured:
+        return []
+    classifies = any(likeness.accuracy is not None for _, likeness in measured)
+    head = ("form", "KL", "largest KL", "loss", "same next token", "same answer", *(("accuracy",) if classifies else ()))
+    live = measured[0][1]
+    lines = [("live adapter", "", "", f"{live.live_loss:.4f}", "", "", *((f"{live.live_accuracy:.3f}",) if classifies else ()))]
+    for form, found in measured:
+        figures = (f"{found.kl:.2e}", f"{found.most_kl:.2e}", f"{found.loss:.4f}", f"{found.same_token:.1%}", f"{found.same_answer:.1%}")
+        lines.append((str(form), *figures, *((f"{found.accuracy:.3f}",) if classifies else ())))
+    return [head, *lines]
+
+
+def _card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any]) -> str:
+    library = "peft" if form is Form.ADAPTER else "transformers"
+    licence = _licence(recipe)
+    terms = f"`{licence}`" if licence else "its own"
+    return f"""---
+base_model: {recipe.model.name}
+library_name: {library}
+pipeline_tag: text-generation
+{f"license: {licence}" if licence else "license: other"}
+tags: [lora, qlora, mistral-dist]
+---
+
+# {recipe.run_dir.name}
+
+`{recipe.model.name}` (revision `{recipe.model.revision}`), fine-tuned by mistral-dist{facts["origin"]}.
+The licence of the base ({terms}) holds for this model, too.
+
+This folder: **{form}**, {MEANS[form]}.
+{_compared(likenesses, facts["examples"])}{_measured(facts["test"])}
+## How to ask it
+
+{_how_to_ask(recipe)}
+
+## Recipe
+
+```yaml
+{publishable(recipe).dump().rstrip()}
+```
+
+`sha256sum --check {SUMS}` looks whether all files are as they were written.
+"""
+
+
+def _compared(likenesses: Likenesses, examples: int) -> str:
+    if not likenesses:
+        return "\nIt was not compared with the live adapter.\n"
+    head, *lines = rows(likenesses)
+    table = [head, tuple("---" for _ in head), *lines]
+    written = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return f"""
+## Is it the model that was trained?
+
+The live adapter (4-bit base with the adapter on it) and each form, on {examples} validation examples. KL: the mean divergence of the
+next-token distribution at a target, in nats.
+
+{written}
+"""
+
+
+def _measured(test: dict[str, Any] | None) -> str:
+    if test is None:
+        return ""
+    names = [name for name in ("accuracy", "f1_macro", "loss") if name in test["tuned"]]
+    lines = [f"| {name} | {_interval(test['base'][name])} | {_interval(test['tuned'][name])} |" for name in names]
+    return f"""
+## Measured
+
+On {test["n"]:,} held-out test examples with the live adapter, with 95 % intervals:
+
+| | base | tuned |
+|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _how_to_ask(recipe: Recipe) -> str:
+    task = recipe.task
+    system = f"Begin with a system turn: {json.dumps(task.system, ensure_ascii=False)}. " if task.system else ""
+    if task.kind == "classification":
+        prompt = task.prompt.replace("{labels}", ", ".join(task.labels))
+        return f"{system}The user's turn is this, with the text in its place; the answer is one of the labels:\n\n```\n{prompt}\n```"
+    if task.kind == "pretrain":
+        return "It goes on with a text, as it is, without turns."
+    return f"{system}By the chat template of its tokenizer."
+
+
+def _licence(recipe: Recipe) -> str | None:
+    """As the base's own README says it; those of Mistral-7B are Apache-2.0."""
+    if recipe.model.name.startswith("mistralai/Mistral-7B-"):
+        return "apache-2.0"
+    readme = local_path(recipe.model) / "README.md"
+    if not readme.is_file():
+        return None
+    lines = readme.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = next((line for line in lines[:60] if line.startswith("license:")), "")
+    return found.removeprefix("license:").strip() or None

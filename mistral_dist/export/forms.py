@@ -1,0 +1,35 @@
+"""The forms in which a tuned model can leave its run."""
+
+from enum import StrEnum
+
+from mistral_dist.errors import RecipeError
+
+
+class Form(StrEnum):
+    """What is written. `ADAPTER` is a small folder of PEFT's; the others are whole models."""
+
+    ADAPTER = "adapter"
+    BF16 = "merged-bf16"
+    NF4 = "merged-nf4"
+
+
+MEANS = {
+    Form.ADAPTER: "the adapter alone, on the base as it was published",
+    Form.BF16: "the adapter merged into the base as it was published",
+    Form.NF4: "the adapter merged into the weights that the 4-bit base means, with which it was trained",
+}
+
+
+def forms_of(quantization: str) -> tuple[Form, ...]:
+    """Those that a run has: without quantisation there is one base."""
+    return tuple(Form) if quantization == "nf4" else (Form.ADAPTER, Form.BF16)
+
+
+def form_named(name: str) -> Form | None:
+    """A form by its name; None for `best`. Raises RecipeError for another name."""
+    if name == "best":
+        return None
+    try:
+        return Form(name)
+    except ValueError:
+        raise RecipeError(f"--form {name}: there are {', '.join(Form)} and best") from None
