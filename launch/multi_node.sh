@@ -8,5 +8,8 @@
 set -euo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec grep '^# ' "$0"; fi
 if [[ $# -eq 0 ]]; then grep '^# ' "$0" >&2; exit 2; fi
+if [[ -z "${NODES:-}${SLURM_STEP_ID:-}" && " $* " != *" --nodes"[\ =]* ]]; then
+    echo "$0: how many machines? Add --nodes 2 --node-rank 0 --main-address HOST (docs/slurm.md for SLURM); for one: multi_gpu.sh" >&2; exit 2
+fi
 exec mistral-dist train ${GPUS:+--gpus "$GPUS"} ${ZERO:+--zero "$ZERO"} ${NODES:+--nodes "$NODES"} \
     ${NODE_RANK:+--node-rank "$NODE_RANK"} ${MAIN_ADDRESS:+--main-address "$MAIN_ADDRESS"} "$@"

@@ -160,7 +160,7 @@ def train(
     outlast_terminal()
     words = list(overrides or [])
     recipe = Recipe.load(recipe_file, words)
-    several = nodes_of(nodes, node_rank, main_address)
+    several = None if check and nodes is None else nodes_of(nodes, node_rank, main_address)
     if debug:
         from mistral_dist.debug.mode import start_debug
 

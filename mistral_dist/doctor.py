@@ -12,6 +12,7 @@ from pathlib import Path
 from mistral_dist import assets
 from mistral_dist.hub import endpoint, free_bytes, is_reachable
 from mistral_dist.runtime import process
+from mistral_dist.runtime.launcher import OLD_DRIVER
 
 CORE = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 BASE_GB = 15
@@ -63,7 +64,10 @@ def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi") is not None
         remedy = "this torch is a CPU build; reinstall torch with CUDA" if driver else "the demo runs without; a 7B wants one with 16 GB"
+        if torch.version.cuda and torch.cuda.device_count():
+            remedy = OLD_DRIVER
         yield Finding("GPU", "none", not driver, remedy)
+        return
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         fits = (card.major, card.minor) >= (8, 0)

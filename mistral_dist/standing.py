@@ -7,11 +7,12 @@ from typing import Any
 from mistral_dist.display import eta, facts, following, say, validation_words
 from mistral_dist.run import STARTING, RunDirectory, holder
 from mistral_dist.runtime import slurm
+from mistral_dist.runtime.launcher import join_seconds
 
 QUEUE_EVERY = 5.0
 """Seconds between two questions to a scheduler, which serves many."""
-STARTING_SECONDS = 900.0
-"""Nodes wait for each other for 10 minutes; loading does not count, by then the workers are there."""
+JOIN_SECONDS, START_SECONDS = 600, 300
+"""Nodes wait for each other, and need that to start beside; loading does not count, by then the workers are there."""
 
 
 def standing(run: RunDirectory) -> Any:
@@ -66,7 +67,9 @@ def _is_starting(run: RunDirectory) -> bool:
     status = run.status() or {}
     if status.get("message") != STARTING:
         return False
-    return (datetime.now(UTC) - datetime.fromisoformat(status["updated"])).total_seconds() < STARTING_SECONDS
+    return (datetime.now(UTC) - datetime.fromisoformat(status["updated"])).total_seconds() < (
+        join_seconds() or JOIN_SECONDS
+    ) + START_SECONDS
 
 
 def _is_queued(run: RunDirectory) -> bool:

@@ -45,6 +45,8 @@ def training_line(recipe: Recipe, words: Sequence[str], asked: Topology, module:
     zero = check_options(asked)
     gpus = launcher.visible_gpus()
     if asked.config is not None:
+        if asked.gpus or asked.processes:
+            processes_per_node(asked, gpus)
         return launcher.Line(
             config=asked.config, module=module, words=tuple(words), processes=asked.gpus or asked.processes,
             deepspeed=_deepspeed(zero, asked.offload), port=None, join_seconds=launcher.join_seconds(), gpus=gpus > 0,
@@ -111,7 +113,9 @@ def _knows_deepspeed(config: Path) -> bool:
 def check_options(asked: Topology) -> int | None:
     """The ZeRO stage that is asked for. Raises RecipeError for options that do not go together, on whatever machine."""
     if asked.processes and asked.gpus:
-        raise RecipeError("--processes and --gpus: both say how many; take one of them")
+        raise RecipeError(
+            "--processes and --gpus: both say how many; take one of them (launch/single_gpu.sh says --processes 1: use multi_gpu.sh)"
+        )
     zero = _stage_of(asked)
     if asked.config is None:
         return zero
@@ -121,6 +125,8 @@ def check_options(asked: Topology) -> int | None:
         raise RecipeError(
             "--config-file: not on several nodes (--nodes, or a SLURM step); mistral-dist says itself where they meet, with its own"
         )
+    if zero == 0 and _knows_deepspeed(asked.config):
+        raise RecipeError(f"--zero 0: {asked.config} starts DeepSpeed; take a config without it, or leave --config-file out")
     if zero and not _knows_deepspeed(asked.config):
         raise RecipeError(
             f"--zero {zero}: {asked.config} does not start DeepSpeed, and Accelerate would leave it out without a word;"

@@ -13,6 +13,7 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/
 if [[ $# -eq 0 ]]; then sed -n '/^set/q; s/^# //p' "$0" >&2; exit 2; fi
 
 site=${SITE_ENV:-${SLURM_SUBMIT_DIR:-.}/slurm/site.env}
+if [[ ! -f "$site" && -f "${0%/*}/site.env" ]]; then site=$(realpath "${0%/*}/site.env"); export SITE_ENV=$site; fi # from another folder
 if [[ -n "${SITE_ENV:-}" && ! -f "$site" ]]; then echo "SITE_ENV=$site: no such file" >&2; exit 2; fi
 trap 'echo "$site, line $LINENO: failed: $BASH_COMMAND" >&2; exit 2' ERR
 set -a +u
@@ -28,11 +29,12 @@ fi
 
 if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it runs as a job
     ${container[@]+"${container[@]}"} mistral-dist evaluate --check "$@" || exit
+    if ! command -v sbatch >/dev/null; then echo "sbatch: not found; this is no machine from which SLURM takes jobs" >&2; exit 2; fi
     sbatch "$0" "$@" && exit
     echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2
     exit 2
 fi
 
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRITON_CACHE_DIR="/tmp/mistral-dist-$UID/triton"
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}" TRITON_CACHE_DIR="/tmp/mistral-dist-$UID/triton"
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 exec srun --export=ALL --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mistral-dist evaluate "$@"

@@ -8,6 +8,7 @@ from pathlib import Path
 COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"), Path("/proc/vmstat"))
 """Where the kernel counts the processes that it killed for memory: of this container (cgroup v2, v1), of the machine."""
 
+SUBMIT = "in a SLURM job: submit it again"
 LESS = "less memory: a smaller train.micro_batch_size or data.max_length, fewer processes, or nothing else on this machine"
 
 
@@ -76,7 +77,8 @@ def _first_signal(log: str) -> tuple[int, int, int] | None:
 
 def _port_in_use(log: str, _kills: int) -> str | None:
     found = re.search(r"port:? `?(\d+)`?[^\n]*(?:already in use|EADDRINUSE|another process is utilizing)", log, re.IGNORECASE)
-    return found and f"port {found[1]} is in use on this machine; name another one on all nodes: --main-address HOST:PORT"
+    told = f"is in use on this machine; name another one on all nodes: --main-address HOST:PORT ({SUBMIT})"
+    return found and f"port {found[1]} {told}"
 
 
 def _machine_missing(log: str, _kills: int) -> str | None:
@@ -84,7 +86,7 @@ def _machine_missing(log: str, _kills: int) -> str | None:
     if found is None:
         return None
     came = f"only {found[2]} of {found[3]} nodes came within {found[1]} s"
-    return f"{came}; start the same command on all of them, with the same --nodes, each with its own --node-rank"
+    return f"{came}; start the same command on all of them, with the same --nodes, each with its own --node-rank ({SUBMIT})"
 
 
 def _not_begun(log: str, _kills: int) -> str | None:
@@ -97,7 +99,8 @@ def _nobody_there(log: str, _kills: int) -> str | None:
     if found is None:
         return None
     where, seconds = f"{found[2]}, port {found[3]}", int(found[1]) // 1000
-    return f"nobody answers at {where}, for {seconds} s; is node 0 up, and was it started with the same --main-address?"
+    asked = "is node 0 up, was it started with the same --main-address, and does no firewall stand between?"
+    return f"nobody answers at {where}, for {seconds} s; {asked}"
 
 
 def _no_memory(log: str, _kills: int) -> str | None:

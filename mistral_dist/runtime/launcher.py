@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from mistral_dist.errors import FAILED, STOPPED, RecipeError
+from mistral_dist.errors import FAILED, STOPPED, MachineError, RecipeError
 from mistral_dist.runtime import process
 from mistral_dist.runtime.nodes import Nodes, interface
 
@@ -61,13 +61,19 @@ class Line:
         return shlex.join(["accelerate", "launch", *self.arguments()])
 
 
+OLD_DRIVER = "the NVIDIA driver is older than its CUDA; update the driver, or install a torch for that driver (nvidia-smi names its CUDA)"
+
+
 def visible_gpus() -> int:
-    """The number of CUDA devices that this process may use."""
+    """The number of CUDA devices that this process may use. Raises MachineError for a driver that is too old for this torch."""
     if not process.has_gpu():
         return 0
     import torch
 
-    return torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if count and not torch.cuda.is_available():  # NVML counts the cards, CUDA cannot use them
+        raise MachineError(f"{count} GPUs are here, and torch {torch.__version__} cannot use them: {OLD_DRIVER}")
+    return count
 
 
 def join_seconds() -> int | None:

@@ -46,16 +46,12 @@ def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | N
     `main` is HOST or HOST:PORT, of node 0. Raises RecipeError where something is missing or cannot be.
     """
     task = slurm.task()
-    if task is not None and task.tasks != task.nodes:
-        raise RecipeError(
-            f"SLURM started {task.tasks} tasks on {task.nodes} node{'s'[: task.nodes > 1]}; each node needs one, which starts all its"
-            " workers: srun --ntasks-per-node=1"
-        )
-    if count is None and task is not None and task.nodes > 1:
+    _refuse_in_slurm(task, count, rank)
+    if task is not None and task.nodes > 1 and count != 1:
         return Nodes(task.nodes, task.node, *_host_and_port(main or slurm.first_node(task), slurm.port(task)))
     if count is None and (rank is not None or main):
         raise RecipeError("--node-rank and --main-address go with --nodes, the number of machines; without it there is one")
-    if count is None or count == 1:
+    if count is None or (count == 1 and not rank):
         return None
     if rank is None:
         raise RecipeError(f"--nodes {count}: which of them is this machine? Add --node-rank 0 on the first, up to {count - 1} on the last")
@@ -64,6 +60,26 @@ def nodes_of(count: int | None, rank: int | None, main: str | None) -> Nodes | N
     if not main:
         raise RecipeError(f"--nodes {count}: where do they meet? Add --main-address HOST[:PORT], the address of node 0, the same on all")
     return Nodes(count, rank, *_host_and_port(main, PORT))
+
+
+def _refuse_in_slurm(task: slurm.Task | None, count: int | None, rank: int | None) -> None:
+    """Raise RecipeError for what does not fit the SLURM job or step that this process is in, if any."""
+    if task is None:
+        if count is None and slurm.nodes_of_job() > 1:
+            raise RecipeError(
+                f"SLURM job {slurm.job()} has {slurm.nodes_of_job()} nodes, and this process would train on one alone: start it on"
+                " each, with `srun --ntasks-per-node=1 mistral-dist train ...`; or say --nodes 1"
+            )
+    elif task.tasks != task.nodes:
+        raise RecipeError(
+            f"SLURM started {task.tasks} tasks on {task.nodes} node{'s'[: task.nodes > 1]}; each node needs one, which starts all its"
+            " workers: srun --ntasks-per-node=1"
+        )
+    elif count not in (None, 1, task.nodes) or rank not in (None, task.node):
+        raise RecipeError(
+            f"--nodes, --node-rank: this is node {task.node} of the {task.nodes} of a SLURM step, which need not be named; leave both out,"
+            " and say to sbatch how many there are: sbatch --nodes=2 slurm/train.sh RECIPE"
+        )
 
 
 def interface(nodes: Nodes) -> str | None:

@@ -54,6 +54,11 @@ def job() -> str | None:
     return environment("SLURM_JOB_ID") or None
 
 
+def nodes_of_job() -> int:
+    """How many nodes the job has that this process runs in; 0 outside of SLURM."""
+    return int(environment("SLURM_JOB_NUM_NODES", "0"))
+
+
 def port(task: Task) -> int:
     """Where the nodes of a job meet: another one for each job that may share a node."""
     return FIRST_PORT + int(task.job) % PORTS

@@ -386,6 +386,10 @@ threading.Thread(target=starve, daemon=True).start()
 # because one never comes
 
 
+def is_listening(port: int) -> bool:
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in psutil.net_connections("tcp"))
+
+
 @pytest.mark.fault("a stop signal while machines wait for each other", "stopped at once, exit code 85", zero=(2,))
 def test_asked_before_the_others_have_come_a_node_leaves_at_once(recipe: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
@@ -395,8 +399,8 @@ def test_asked_before_the_others_have_come_a_node_leaves_at_once(recipe: Path, t
     words = [*COMMAND, "train", str(recipe), f"run.dir={run}", "--nodes=2", "--node-rank=0", f"--main-address=127.0.0.1:{port}"]
     started = subprocess.Popen([*words, "--processes=1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        wait_for(lambda: (run / "log.txt").is_file() and workers(run), started)  # the agent
-        time.sleep(8)  # for torchrun to wait for the other
+        wait_for(lambda: is_listening(port), started)  # the agent, which waits for the other
+        time.sleep(1)
         started.send_signal(signal.SIGINT)
         assert started.wait(30) == 85
     finally:
@@ -461,7 +465,9 @@ def test_a_port_that_is_in_use_is_told_at_once(recipe: Path, tmp_path: Path) -> 
     print(f"port in use: told after {seconds:.0f} s")
     assert done.returncode == 1, done.stdout + done.stderr
     assert seconds < 100, "it waits for nobody"
-    told = f"port {port} is in use on this machine; name another one on all nodes: --main-address HOST:PORT"
+    told = (
+        f"port {port} is in use on this machine; name another one on all nodes: --main-address HOST:PORT (in a SLURM job: submit it again)"
+    )
     assert told in status(run)["message"]
     assert told in " ".join((done.stdout + done.stderr).split())
     assert "\n" not in status(run)["message"]

@@ -19,7 +19,7 @@ WAYS = {
     "single_gpu.sh": [str(ROOT / "launch/single_gpu.sh")],
     "multi_gpu.sh": [str(ROOT / "launch/multi_gpu.sh")],
     "debug.sh": [str(ROOT / "launch/debug.sh")],
-    "multi_node.sh": [str(ROOT / "launch/multi_node.sh"), "--processes", "1"],
+    "multi_node.sh": [str(ROOT / "launch/multi_node.sh"), "--processes", "1", "--nodes", "1"],
     "slurm": [str(ROOT / "slurm/train.sh")],
 }
 
@@ -145,6 +145,7 @@ def test_a_mistyped_recipe_does_not_wait_for_imports(write_recipe: WriteRecipe) 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        ({}, "how many machines? Add --nodes 2 --node-rank 0 --main-address HOST"),
         ({"NODES": "2"}, "--nodes 2: which of them is this machine? Add --node-rank 0"),
         ({"NODES": "2", "NODE_RANK": "0"}, "--nodes 2: where do they meet? Add --main-address HOST"),
         ({"NODES": "2", "NODE_RANK": "2", "MAIN_ADDRESS": "gpu1"}, "--node-rank 2: of 2 nodes the last is 1"),

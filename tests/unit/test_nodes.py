@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mistral_dist.config import Recipe
-from mistral_dist.errors import RecipeError, RunError
-from mistral_dist.runtime import nodes, process, slurm
+from mistral_dist.errors import MachineError, RecipeError, RunError
+from mistral_dist.runtime import launcher, nodes, process, slurm
 from mistral_dist.runtime.nodes import Nodes, interface, nodes_of
 from mistral_dist.topology import Topology, training_line
 from mistral_dist.workflow import refuse_fresh
@@ -65,6 +67,7 @@ def test_one_machine_is_no_nodes(given: tuple[int | None, int | None, str | None
         ((2, None, "gpu1"), "--nodes 2: which of them is this machine? Add --node-rank 0 on the first, up to 1 on the last"),
         ((2, 0, None), "--nodes 2: where do they meet? Add --main-address HOST"),
         ((2, 2, "gpu1"), "--node-rank 2: of 2 nodes the last is 1"),
+        ((1, 5, "gpu1"), "--node-rank 5: of 1 nodes the last is 0"),
         ((None, 1, None), "--node-rank and --main-address go with --nodes"),
         ((None, None, "gpu1"), "--node-rank and --main-address go with --nodes"),
         ((2, 0, "gpu1:"), "nothing is no port"),
@@ -83,7 +86,15 @@ def test_in_a_step_of_slurm_all_of_it_is_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(slurm.socket, "getaddrinfo", lambda *_: [])
     assert nodes_of(None, None, None) == Nodes(2, 1, "gpu007", 10_000 + 123457 % 20_000)
     assert nodes_of(None, None, "other:77") == Nodes(2, 1, "other", 77), "what the user names goes before"
+    assert nodes_of(2, 1, "other:77") == Nodes(2, 1, "other", 77), "what is so may be said"
     assert nodes_of(1, None, None) is None
+
+
+@pytest.mark.parametrize("given", [(4, None, None), (2, 0, "gpu007"), (None, 0, None)])
+def test_in_a_step_of_slurm_nothing_else_may_be_said_of_its_nodes(given: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    in_step(monkeypatch)
+    with pytest.raises(RecipeError, match=r"this is node 1 of the 2 of a SLURM step.*sbatch --nodes=2 slurm/train.sh RECIPE"):
+        nodes_of(*given)
 
 
 def test_a_node_that_no_name_leads_to_is_reached_where_srun_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +118,15 @@ def test_a_node_with_several_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_batch_script_is_no_task_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its variables say node 0 on every node."""
+    """Its variables say node 0 on every node; of several nodes it would train on one alone."""
     for name in ("SLURM_JOB_ID", "SLURM_NODEID"):
         monkeypatch.setenv(name, STEP[name])
-    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     assert nodes_of(None, None, None) is None
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    with pytest.raises(RecipeError, match=r"has 2 nodes, and this process would train on one alone: .*srun --ntasks-per-node=1"):
+        nodes_of(None, None, None)
+    assert nodes_of(1, None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -240,3 +255,22 @@ def test_where_there_is_nothing_to_save_a_stop_ends_at_once_with_its_code(number
     finally:
         started.kill()
         started.communicate()
+
+
+def test_a_config_of_the_users_own_is_not_asked_for_what_it_does_not_do() -> None:
+    own = ROOT / "configs/accelerate/multi_gpu.yaml"
+    with pytest.raises(RecipeError, match=r"--zero 0: .*multi_gpu\.yaml starts DeepSpeed; take a config without it"):
+        training_line(Recipe.load(RECIPE), ["my.yaml"], Topology(zero=0, config=own))
+    if not launcher.visible_gpus():
+        with pytest.raises(RecipeError, match="--gpus 8: no GPU is visible here"):
+            training_line(Recipe.load(RECIPE), ["my.yaml"], Topology(gpus=8, config=own))
+
+
+def test_a_driver_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert launcher.visible_gpus() == 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match=r"4 GPUs are here, and torch .* cannot use them: the NVIDIA driver is older"):
+        launcher.visible_gpus()

@@ -35,11 +35,14 @@ def test_where_there_is_no_run_that_is_said(tmp_path: Path) -> None:
         standing.standing(RunDirectory(tmp_path))
 
 
-def test_while_workers_are_waited_for_the_run_is_starting_and_later_interrupted(tmp_path: Path) -> None:
+def test_while_workers_are_waited_for_the_run_is_starting_and_later_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     run.set_status("running", None, STARTING)
     assert f"state starting message its workers are not there yet (log: {tmp_path}/log.txt)" in told(run)
-    age(run, standing.STARTING_SECONDS + 1)
+    age(run, standing.JOIN_SECONDS + standing.START_SECONDS + 1)
+    monkeypatch.setenv("MISTRAL_DIST_JOIN_SECONDS", "1800")
+    assert "state starting" in told(run), "nodes wait longer for each other where they are told to"
+    monkeypatch.delenv("MISTRAL_DIST_JOIN_SECONDS")
     assert "state interrupted message ended without a word; run the same command to go on" in told(run)
 
 
