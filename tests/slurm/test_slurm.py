@@ -122,7 +122,7 @@ def signal(cluster: Cluster, job: str) -> None:
     cluster.call("scancel", "--signal=USR1", job)
 
 
-@pytest.mark.parametrize("happens", [signal, preempt, pytest.param(down, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("happens", [preempt, *(pytest.param(event, marks=pytest.mark.matrix) for event in (signal, down))])
 def test_whatever_happens_it_goes_on_by_itself(
     happens: Callable[[Cluster, str], None],
     cluster: Cluster,
@@ -208,6 +208,7 @@ def test_a_finished_run_is_not_submitted_and_is_evaluated(cluster: Cluster, reci
         assert told in line
 
 
+@pytest.mark.matrix
 def test_a_mistake_on_one_node_alone_is_told_there_and_ends_the_job(
     cluster: Cluster, submit: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
