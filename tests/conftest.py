@@ -29,33 +29,44 @@ LABELS = ("numpy", "pandas", "sympy", "networkx", "torch", "transformers")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", type=Path, help="write what the tests with a fault showed to this file")
+    parser.addoption("--faults-left", action="store_true", help="with --fault-table: only the tests that have not passed yet")
 
 
-FOUND: list[tuple[fault_table.Mark, fault_table.Outcome]] = []
-"""Of each test with a fault, what its mark says and what became of it."""
+RESULTS = fault_table.Results(Path(__file__).parents[1] / "build" / "faults.jsonl")
+"""Of the tests that were run for the table."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     mark = fault_table.mark_of(item)
-    if mark is not None and (report.when == "call" or not report.passed):
-        report.user_properties.append(("fault", tuple(mark)))  # plain, to travel to the process that writes the table
+    if item.config.getoption("--fault-table") and (report.when == "call" or not report.passed):
+        report.user_properties.append(("for the table", mark and tuple(mark)))  # plain, to travel to the process that writes it
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    FOUND.extend((fault_table.Mark(*mark), report.outcome) for name, mark in report.user_properties if name == "fault")  # type: ignore[misc]
+    for mark in (mark for name, mark in report.user_properties if name == "for the table" and not is_worker()):
+        RESULTS.add(report.nodeid, mark and fault_table.Mark(*mark), report.outcome)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--fault-table")
-    if file is not None and not hasattr(session.config, "workerinput"):
-        file.write_text(fault_table.table(FOUND))
+    if file is not None and not is_worker():
+        file.write_text(RESULTS.table())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def is_worker() -> bool:
+    """Whether this is one of several pytest processes; their reports all come to the first."""
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
+
+    if config.getoption("--faults-left"):
+        passed = {test for test, (_, outcome) in RESULTS.latest().items() if outcome == "passed"}
+        items[:] = [item for item in items if item.nodeid not in passed]
 
     if not torch.cuda.is_available():
         for item in items:

@@ -1,11 +1,13 @@
 """docs/faults.md: what goes wrong, what comes of it, and the test that did it; made from the results of a test run.
 
-    make faults        every fault under every ZeRO stage, some 40 minutes on 2 cores
+    make faults        every fault under every ZeRO stage, some two hours on 2 cores
+    make faults-left   those that were not reached, or did not pass
 
 A test that injects a fault says so: `@pytest.mark.fault("what goes wrong", "what comes of it", zero=(2,))`; parametrized by
 stage it has no `zero`, its parameter of that name tells.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,29 @@ def mark_of(item: pytest.Item) -> Mark | None:
     stages = mark.kwargs.get("zero") or (parameters["zero"],)
     file, _, name = item.nodeid.partition("::")
     return Mark(fault, outcome, f"{Path(file).name}::{name.partition('[')[0]}", tuple(stages))
+
+
+class Results:
+    """What became of each test, in lines of JSON, each written at once: a run that is cut short leaves it. A test's last one counts."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def add(self, test: str, mark: Mark | None, outcome: str) -> None:
+        """`test`: its node id."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps([test, mark, outcome]) + "\n")
+
+    def latest(self) -> dict[str, tuple[Mark | None, Outcome]]:
+        """By node id; empty where there is no file."""
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        found = {test: (mark, outcome) for test, mark, outcome in map(json.loads, lines)}
+        return {test: (Mark(*mark[:3], tuple(mark[3])) if mark else None, outcome) for test, (mark, outcome) in found.items()}
+
+    def table(self) -> str:
+        """The page."""
+        return table((mark, outcome) for mark, outcome in self.latest().values() if mark is not None)
 
 
 def table(results: Iterable[tuple[Mark, Outcome]]) -> str:

@@ -1,12 +1,13 @@
 """The table of faults: a cell for each stage, each as bad as the worst that was seen, none lost."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from tests.fault_table import STAGES, Mark, Outcome, Stage, mark_of, table
+from tests.fault_table import STAGES, Mark, Outcome, Results, Stage, mark_of, table
 
 
 def cells(results: Iterable[tuple[tuple[Stage, ...], Outcome]]) -> list[str]:
@@ -45,3 +46,17 @@ def test_a_mark_names_its_stages_or_the_parameter_does() -> None:
             callspec=SimpleNamespace(params={"zero": "2+offload"}),
         )
         assert mark_of(cast("pytest.Item", test)) == Mark("a fault", "nothing lost", "test_it.py::test_it", stages)
+
+
+def test_a_test_that_is_run_again_shows_what_it_showed_last(tmp_path: Path) -> None:
+    """Of two tests of a row each counts: one that fails is not hidden by the other, which passes."""
+    results = Results(tmp_path / "build" / "faults.jsonl")
+    assert results.latest() == {}
+    mark = Mark("a fault", "nothing lost", "test_it.py::test_it", (2, "3+offload"))
+    results.add("it[1]", mark, "failed")
+    results.add("it[2]", mark, "passed")
+    results.add("other", None, "passed")
+    assert results.latest() == {"it[1]": (mark, "failed"), "it[2]": (mark, "passed"), "other": (None, "passed")}
+    assert results.table() == table([(mark, "failed")])
+    results.add("it[1]", mark, "passed")
+    assert Results(tmp_path / "build" / "faults.jsonl").table() == table([(mark, "passed")])
