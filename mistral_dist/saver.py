@@ -45,17 +45,20 @@ class Outcome:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Have PyTorch compute in the calling thread alone.
+    """Have PyTorch compute in the calling thread alone; threads that begin meanwhile take over as many as there were before.
 
-    Otherwise what the writer checks and compares sets a team of threads to it, as many as there are cores, beside those of the
-    steps.
+    Otherwise what the writer checks and compares sets a team of threads to it, as many as there are cores, beside those of the steps.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # that number is a thread's own, but a new thread takes over what was set last, by whichever thread: another one sets it back
+    setting = threading.Thread(target=torch.set_num_threads, args=(before,))
+    setting.start()
+    setting.join()
     try:
         yield
     finally:
-        torch.set_num_threads(before)  # threads that begin later take over what was set last, whichever thread set it
+        torch.set_num_threads(before)
 
 
 class Saver:
@@ -81,11 +84,14 @@ class Saver:
         self._clocks: dict[str, float] = {}
         run.closing.callback(self._close)
 
-    def start(self, snapshot: Snapshot, gathered: float) -> None:
-        """Begin to write what it took `gathered` seconds to gather, after `newest` has waited for what was written before."""
+    def start(self, snapshot: Snapshot, gathered: float, *, in_haste: bool = False) -> None:
+        """Begin to write what it took `gathered` seconds to gather, after `newest` has waited for what was written before.
+
+        `in_haste`: no steps go on meanwhile, so there is nothing to give way to.
+        """
         assert self._thread is None, "one save at a time"
         # no daemon: a process that ends for another reason finishes what it writes
-        self._thread = threading.Thread(target=self._write, args=(snapshot, self._waited, gathered), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(snapshot, self._waited, gathered, in_haste), name="saver")
         self._thread.start()
 
     def is_writing(self) -> bool:
@@ -144,11 +150,12 @@ class Saver:
             self._thread.join()
 
     @alone()
-    def _write(self, snapshot: Snapshot, waited: float, gathered: float) -> None:
+    def _write(self, snapshot: Snapshot, waited: float, gathered: float, in_haste: bool) -> None:
         started, step, told = time.monotonic(), snapshot.progress.step, ""
         problem: Exception | None = TrainingError(f"{self._run.path}: the writer of checkpoint-{step} ended without a word")
-        with suppress(OSError):  # where that is forbidden, the writer competes with the steps
-            process.give_way()
+        if not in_haste:
+            with suppress(OSError):  # where that is forbidden, the writer competes with the steps
+                process.give_way()
         try:
             self._run.check_publishing()
             # a checkpoint claims that its steps were made: their lines come first

@@ -222,7 +222,7 @@ class Session:
         self.runtime.at("saving", self.progress.step)
         is_there = self.runtime.on_main(lambda: self.saver.newest() == self.progress.step and not self.saver.trouble)
         if not (is_handed_over and is_there):
-            self._hand_over()
+            self._hand_over(in_haste=last)
             if last:
                 self.runtime.on_main(self.saver.finish)
         self.runtime.at("between steps", self.progress.step)
@@ -231,7 +231,7 @@ class Session:
     def _knows(self) -> tuple[Guard, Validation]:
         return self.progress.guard, self.progress.validation
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, *, in_haste: bool) -> None:
         started = time.monotonic()
         adapter, moments = self.runtime.gather_adapter(), self.runtime.gather_moments()
         everywhere = self.runtime.gather((self.progress.cursor, self.drops))
@@ -242,7 +242,7 @@ class Session:
         progress = replace(self.progress, cursor=Cursor.whole(cursor for cursor, _ in everywhere))
         metric = progress.validation.loss_at(progress.step)
         snapshot = Snapshot(progress, adapter, self.adapter_config(), moments, self._facts(), metric)
-        self.saver.start(snapshot, time.monotonic() - started)
+        self.saver.start(snapshot, time.monotonic() - started, in_haste=in_haste)
 
     def note_drops(self, work: Work | None) -> None:
         """Note the rows that a refused step has dropped, and those since the last checkpoint, before the run ends. A collective."""

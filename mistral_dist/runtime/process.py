@@ -183,9 +183,13 @@ def give_way() -> None:
 
     A lower priority is not enough: a thread that wakes then waits until the slice of the other one is over, some 3 ms at each of the many
     places where the threads of a step wait for each other. One of SCHED_IDLE is put aside at once. It still gets 3 parts of 1,027 of a
-    core that is never idle, and does not hold up for long what waits for a lock of its own, since who waits leaves a core.
+    core that is never idle; who waits for a lock of its own leaves a core, which it may have unless another process takes that, too.
     """
-    os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+    thread = threading.get_native_id()
+    try:
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:  # where that is forbidden, a low priority at least
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 15))
 
 
 def peak_resident_bytes() -> int:
