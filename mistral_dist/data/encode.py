@@ -73,6 +73,11 @@ class Encoder:
         self._control = re.compile("|".join(map(re.escape, sorted(special, key=lambda token: (-len(token), token)))) or r"(?!)")
 
     @property
+    def mistral_file(self) -> Path | None:
+        """Mistral's own tokenizer, where conversations are encoded with it."""
+        return self._format.file if isinstance(self._format, MistralFormat) else None
+
+    @property
     def fingerprint(self) -> str:
         """Changes when anything changes that the ids depend on: tokenizer, format, task."""
         parts = [

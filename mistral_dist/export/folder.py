@@ -11,14 +11,16 @@ import transformers
 from mistral_dist.card import publishable
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
-from mistral_dist.data.mistral_format import tokenizer_file
 from mistral_dist.export.forms import MEANS, Form
 from mistral_dist.export.likeness import Likeness
 from mistral_dist.files import sha256, write_text
 from mistral_dist.hub import local_path
+from mistral_dist.resampling import is_interval
 
 SUMS = "SHA256SUMS"
 """Of all other files; `sha256sum --check SHA256SUMS` reads it."""
+MEASURES = ("accuracy", "f1_macro", "loss", "exact_match", "rouge_l", "bleu", "chrf", "stop_rate")
+"""Of the evaluation, those that stand on the card."""
 Likenesses = dict[Form, Likeness]
 
 
@@ -26,13 +28,12 @@ def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -
     """Tokenizer, chat template, generation settings with the token that ends an answer, and of a merged model its configuration."""
     tokenizer, base = encoder.tokenizer, local_path(recipe.model)
     tokenizer.save_pretrained(str(folder))
-    own = tokenizer_file(base, plain=True)
-    if own is not None:  # Mistral's own, which vLLM takes with --tokenizer-mode mistral
-        shutil.copyfile(own, folder / own.name)
+    if encoder.mistral_file is not None:
+        shutil.copyfile(encoder.mistral_file, folder / encoder.mistral_file.name)
     if form is Form.ADAPTER:
         return
     config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=recipe.model.trust_remote_code)
-    config.dtype = recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16"
+    config.dtype = _dtype(recipe)
     config.use_cache = True
     config.save_pretrained(folder)
     end = tokenizer.eos_token_id
@@ -43,7 +44,8 @@ def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -
 def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any], folder: Path) -> None:
     """README.md, and export.json with the same figures for programs.
 
-    `facts`: `origin` (steps and data, in words), `test` (what evaluation/test.json says, or None), `examples` (how many were compared).
+    `facts`: `name`; `origin` (steps and data, in words); `mistral_file`; `test` (what evaluation/test.json says, or None); `examples`
+    (how many were compared).
     """
     figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
     write_text(folder / "export.json", json.dumps({"form": form, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
@@ -74,25 +76,24 @@ def rows(likenesses: Likenesses) -> list[tuple[str, ...]]:
 def _card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any]) -> str:
     library = "peft" if form is Form.ADAPTER else "transformers"
     licence = _licence(recipe)
-    terms = f"`{licence}`" if licence else "its own"
+    terms = f"`{licence}`" if licence else "see the base's page"
     return f"""---
 base_model: {recipe.model.name}
 library_name: {library}
 pipeline_tag: text-generation
-{f"license: {licence}" if licence else "license: other"}
-tags: [lora, qlora, mistral-dist]
+{f"license: {licence}{chr(10)}" if licence else ""}tags: [lora, {"qlora, " if recipe.model.quantization == "nf4" else ""}mistral-dist]
 ---
 
-# {recipe.run_dir.name}
+# {facts["name"]}
 
 `{recipe.model.name}` (revision `{recipe.model.revision}`), fine-tuned by mistral-dist{facts["origin"]}.
 The licence of the base ({terms}) holds for this model, too.
 
 This folder: **{form}**, {MEANS[form]}.
-{_compared(likenesses, facts["examples"])}{_measured(facts["test"])}
+{_compared(recipe, likenesses, facts["examples"])}{_measured(facts["test"])}
 ## How to ask it
 
-{_how_to_ask(recipe)}
+{_how_to_ask(recipe)}{_mistral_mode(facts["mistral_file"])}
 
 ## Recipe
 
@@ -104,17 +105,28 @@ This folder: **{form}**, {MEANS[form]}.
 """
 
 
-def _compared(likenesses: Likenesses, examples: int) -> str:
+def _mistral_mode(file: str | None) -> str:
+    """What a server must be told, where training has used Mistral's own library."""
+    if file is None:
+        return ""
+    return f"""
+
+Its conversations were encoded by mistral-common with `{file}`, which is in this folder: serve it with that, in vLLM by
+`--tokenizer-mode mistral`. The chat template of the Hugging Face tokenizer may give other tokens."""
+
+
+def _compared(recipe: Recipe, likenesses: Likenesses, examples: int) -> str:
     if not likenesses:
         return "\nIt was not compared with the live adapter.\n"
+    live = "4-bit base" if recipe.model.quantization == "nf4" else "base"
     head, *lines = rows(likenesses)
     table = [head, tuple("---" for _ in head), *lines]
     written = "\n".join(f"| {' | '.join(row)} |" for row in table)
     return f"""
 ## Is it the model that was trained?
 
-The live adapter (4-bit base with the adapter on it) and each form, on {examples} validation examples. KL: the mean divergence of the
-next-token distribution at a target, in nats.
+The live adapter ({live} with the adapter on it) and each form, on {examples} validation examples.
+KL: the mean divergence of the next-token distribution at a target, in nats.
 
 {written}
 """
@@ -123,8 +135,9 @@ next-token distribution at a target, in nats.
 def _measured(test: dict[str, Any] | None) -> str:
     if test is None:
         return ""
-    names = [name for name in ("accuracy", "f1_macro", "loss") if name in test["tuned"]]
-    lines = [f"| {name} | {_interval(test['base'][name])} | {_interval(test['tuned'][name])} |" for name in names]
+    base, tuned = ({**test[which], **test[which].get("written", {})} for which in ("base", "tuned"))
+    names = [name for name in MEASURES if is_interval(base.get(name)) and is_interval(tuned.get(name))]
+    lines = [f"| {name} | {_interval(base[name])} | {_interval(tuned[name])} |" for name in names]
     return f"""
 ## Measured
 
@@ -138,6 +151,10 @@ On {test["n"]:,} held-out test examples with the live adapter, with 95 % interva
 
 def _interval(found: dict[str, float]) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _dtype(recipe: Recipe) -> str:
+    return "float32" if recipe.model.dtype == "float32" else "bfloat16"
 
 
 def _how_to_ask(recipe: Recipe) -> str:

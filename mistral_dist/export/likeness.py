@@ -11,6 +11,7 @@ from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.example import from_record
 from mistral_dist.data.stream import Batch, collate
+from mistral_dist.errors import CheckpointError
 
 POSITIONS = 2048
 """Target tokens that are compared at most; the distribution at each, over 32,768 tokens in float32, takes 131 kB."""
@@ -62,10 +63,10 @@ class Questions:
         self._records: list[dict[str, Any]] = []
         left = POSITIONS
         for record in sorted(records, key=lambda record: record["id"]):
-            left -= record["targets"]
-            if left < 0 and self._records:
+            if left <= 0:
                 break
             self._records.append(record)
+            left -= record["targets"]
         self._asked = self._records[:QUESTIONS]
 
     def __len__(self) -> int:
@@ -73,12 +74,15 @@ class Questions:
 
     @torch.no_grad()
     def ask(self, model: Any, device: torch.device) -> Said:
-        """Every target's distribution, each example in a row of its own, and the answers."""
-        return Said(torch.cat([self._logits(model, record, device) for record in self._records]), self._answers(model, device))
+        """Every target's distribution, each example in a row of its own, and the answers. Raises CheckpointError for what is no number."""
+        logits = torch.cat([self._logits(model, record, device) for record in self._records])[:POSITIONS]
+        if not torch.isfinite(logits).all():
+            raise CheckpointError("its logits are not finite on validation examples")
+        return Said(logits, self._answers(model, device))
 
     def compare(self, live: Said, form: Said) -> Likeness:
         """What lies between them."""
-        targets = torch.cat([self._batch(record).targets for record in self._records])
+        targets = torch.cat([self._batch(record).targets for record in self._records])[:POSITIONS]
         parts = (_distances(*part) for part in zip(live.logits.split(SLICE), form.logits.split(SLICE), targets.split(SLICE), strict=True))
         kl, same, live_losses, losses = (torch.cat(column) for column in zip(*parts, strict=True))
         right = [record.get("label") for record in self._asked] if self._classifies else None
@@ -103,7 +107,8 @@ class Questions:
 
     def _logits(self, model: Any, record: dict[str, Any], device: torch.device) -> torch.Tensor:
         batch = self._batch(record).to(device)
-        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, logits_to_keep=batch.predict_from, use_cache=False)
+        where = batch.predict_from[:POSITIONS]
+        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, logits_to_keep=where, use_cache=False)
         return output.logits[0].float().cpu()
 
     def _answers(self, model: Any, device: torch.device) -> list[str]:
@@ -118,9 +123,10 @@ class Questions:
         return labels[int(scores.argmax())]
 
     def _prompt(self, record: dict[str, Any]) -> list[int]:
-        """Up to the first target: what stands before an answer, or the beginning of a text."""
+        """What stands before the first answer; of a plain text its first half."""
         encoded = self._encoder.encode(from_record(record))
-        return [int(id) for id in encoded.ids[: int(encoded.targets[0])]]
+        end = max(1, encoded.ids.size // 2) if self._recipe.task.kind == "pretrain" else int(encoded.targets[0])
+        return [int(id) for id in encoded.ids[:end]]
 
 
 def _distances(live: torch.Tensor, form: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mistral_dist.base import Checkpoint, dequantize
@@ -25,6 +26,8 @@ SHARD_BYTES = 10**9
 """Of one file; this much is held while it is written."""
 PREFIX = "base_model.model."
 """Of PEFT's names."""
+STRANGE = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters")
+"""Settings of PEFT's by which an adapter is more than that."""
 FACTOR = re.compile(r"(.*)\.lora_(embedding_)?A(?:\.weight)?")
 
 
@@ -32,21 +35,35 @@ class Update:
     """What an adapter changes in a base, by the base's names of its parameters."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError for an adapter that does more than add a product to a weight, or replace it."""
+        """Raises CheckpointError for an adapter that is damaged, or does more than add a product to a weight, or replace it."""
         settings = read_json(folder / "adapter_config.json") or {}
-        strange = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if settings.get(name)]
+        strange = [name for name in STRANGE if settings.get(name)] + ["bias"] * (settings.get("bias", "none") != "none")
         if strange:
             raise CheckpointError(f"{folder}: {', '.join(strange)} in its adapter_config.json; such an adapter cannot be merged here")
-        rank, alpha = settings["r"], settings["lora_alpha"]
+        try:
+            tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+            rank, alpha = settings["r"], settings["lora_alpha"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{folder}: the adapter cannot be read ({error})") from None
         self.scaling: float = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
         self._added = {f"{found[1]}.weight": _factors(tensors, name, found[2]) for name in tensors if (found := FACTOR.fullmatch(name))}
         self._replaced = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+        if 2 * len(self._added) + len(self._replaced) != len(tensors):
+            raise CheckpointError(f"{folder}: holds tensors that are neither LoRA's factors nor whole layers; it cannot be merged here")
 
     @property
     def names(self) -> frozenset[str]:
         """Of the parameters that it changes."""
         return frozenset(self._added) | frozenset(self._replaced)
+
+    def check(self, base: Checkpoint) -> None:
+        """Raise CheckpointError for an adapter of another base."""
+        for name in sorted(self.names):
+            ours = self._replaced[name].shape if name in self._replaced else (self._added[name][0].shape[0], self._added[name][1].shape[1])
+            if name not in base.where or base.shape(name) != torch.Size(ours):
+                raise CheckpointError(
+                    f"{base.path}: has no {name} of shape {tuple(ours)}, which the adapter changes: it is of another base"
+                )
 
     def of(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A parameter as the tuned model has it, in the dtype of `weight`."""
@@ -54,18 +71,15 @@ class Update:
             return self._replaced[name].to(weight.dtype)
         if name not in self._added:
             return weight
-        first, second = self._added[name]
-        return torch.addmm(weight.float(), first.float(), second.float(), alpha=self.scaling).to(weight.dtype)
+        first, second = (factor.to(weight.device, torch.float32) for factor in self._added[name])
+        return torch.addmm(weight.float(), first, second, alpha=self.scaling).to(weight.dtype)
 
 
 def write_merged(form: Form, base: Checkpoint, update: Update, folder: Path, tick: Callable[[int, int], None]) -> None:
     """Write a merged model's weights, in files of 1 GB with an index, as `from_pretrained` reads them; `tick` hears (done, of) in bytes.
 
-    Raises CheckpointError for an adapter of another base, or a weight that is no longer finite; OSError where a file cannot be written.
+    Raises CheckpointError for a weight that is no longer finite, OSError where a file cannot be written.
     """
-    absent = sorted(update.names - base.where.keys())
-    if absent:
-        raise CheckpointError(f"{base.path}: has no {absent[0]}, which the adapter changes; it is the adapter of another base")
     layout = split_torch_state_dict_into_shards(
         {name: torch.empty(base.shape(name), dtype=base.dtype, device="meta") for name in base.where}, max_shard_size=SHARD_BYTES
     )
@@ -88,7 +102,7 @@ def write_merged(form: Form, base: Checkpoint, update: Update, folder: Path, tic
 
 def _factors(tensors: Mapping[str, torch.Tensor], name: str, embedding: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The two whose product is added: (B, A), of an embedding, whose weight lies the other way, (A^T, B^T)."""
-    second = tensors[name.replace("_A", "_B")]
+    second = tensors[name.replace(".lora_A", ".lora_B").replace(".lora_embedding_A", ".lora_embedding_B")]
     return (tensors[name].T, second.T) if embedding else (second, tensors[name])
 
 

@@ -5,6 +5,7 @@ aside and appears when it is whole.
 """
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +28,13 @@ from mistral_dist.errors import CheckpointError, DataError, MachineError, ModelE
 from mistral_dist.export import folder
 from mistral_dist.export.folder import Likenesses
 from mistral_dist.export.forms import Form, forms_of
-from mistral_dist.export.likeness import Likeness, Questions, Said
+from mistral_dist.export.likeness import Questions, Said
 from mistral_dist.export.merge import Update, write_merged
-from mistral_dist.files import aside_of, asides_of, describe, publish, read_json, remedy, remove
+from mistral_dist.files import aside_of, asides_of, describe, read_json, remedy, sync
 from mistral_dist.hub import free_bytes
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
+from mistral_dist.runtime.memory import is_out_of_memory
 
 Tell = Callable[[str], None]
 
@@ -57,84 +59,119 @@ def export(run: RunDirectory, recipe: Recipe, out: Path, wish: Wish, tell: Tell)
     `tell` hears what is being done. Raises UserError for what can be mended, CheckpointError for a form that is not the model that was
     trained, MachineError, with the bytes that are needed and free, where the folder cannot be written.
     """
-    forms = _check(recipe, out, wish)
-    work = _Work.of(run, recipe, wish, tell)
-    for leftover in asides_of(out):
-        remove(leftover)
+    forms = _check(run, recipe, out, wish)
+    work = _Work.of(run, recipe, forms, wish, tell)
     written = {form: aside_of(out) for form in forms}
     try:
+        with _writing(out):
+            _make_room(work, out, written)
         likenesses = work.make(written, compare=wish.compare)
         form = min(likenesses, key=lambda form: likenesses[form].kl) if wish.form is None else wish.form
         if wish.compare:
-            _refuse_another(form, likenesses[form], wish.tolerance)
-        with _room(out):
-            folder.write_card(recipe, form, likenesses, work.facts(), written[form])
+            _refuse_another(form, likenesses, wish)
+        with _writing(out):
+            folder.write_card(run.recipe(), form, likenesses, work.facts, written[form])
             folder.write_sums(written[form])
-            publish(written[form], out)
+            sync(written[form])
+            _refuse_existing(out)  # it was long ago that this was asked
+            written[form].rename(out)
     finally:
         for aside in written.values():
             shutil.rmtree(aside, ignore_errors=True)
     return form, folder.rows(likenesses)
 
 
-def _check(recipe: Recipe, out: Path, wish: Wish) -> tuple[Form, ...]:
-    """The forms to make. All that can be looked at before a model is loaded."""
+def _check(run: RunDirectory, recipe: Recipe, out: Path, wish: Wish) -> tuple[Form, ...]:
+    """The forms to make."""
     forms = forms_of(recipe.model.quantization)
     if wish.form is not None and wish.form not in forms:
         raise RecipeError(f"--form {wish.form}: this run's base was not quantized (model.quantization=none); use one of {', '.join(forms)}")
     if wish.form is None and not wish.compare:
         raise RecipeError("--no-compare: chooses nothing; name the form with --form as well")
-    if out.exists():
-        raise RunError(f"{out}: is there already; choose another folder, or move it away")
+    _refuse_existing(out)
+    if out.resolve().is_relative_to(run.path.resolve()):
+        raise RunError(f"{out}: lies in the run, whose folders are written anew when it goes on; choose another folder")
     return forms if wish.form is None else (wish.form,)
+
+
+def _refuse_existing(out: Path) -> None:
+    if os.path.lexists(out):
+        raise RunError(f"{out}: is there already; choose another folder, or move it away")
+
+
+def _make_room(work: "_Work", out: Path, written: dict[Form, Path]) -> None:
+    """Sweep what a killed export has left, see that all fits, and make the folders. Raises MachineError, OSError."""
+    for leftover in asides_of(out):
+        shutil.rmtree(leftover, ignore_errors=True)
+    merged = [form for form in written if form is not Form.ADAPTER]
+    need, free = work.bytes * len(merged), free_bytes(out.parent)
+    if free < need:
+        what = "a merged model needs" if len(merged) == 1 else f"{len(merged)} merged models, of which one stays, need"
+        raise MachineError(f"{out.parent}: {what} {need:,} bytes, {free:,} bytes are free; make room, or choose another folder")
+    for aside in written.values():
+        aside.mkdir(parents=True)
 
 
 @dataclass
 class _Work:
-    """One export."""
+    """One export; all that can be looked at before a model is loaded has been."""
 
-    run: RunDirectory
     recipe: Recipe
     encoder: Encoder
     questions: Questions
     device: torch.device
     tell: Tell
+    adapter: Path
+    base: Checkpoint | None
+    """None where nothing is merged."""
+    update: Update
+    facts: dict[str, Any]
+    """For the card."""
 
     @classmethod
-    def of(cls, run: RunDirectory, recipe: Recipe, wish: Wish, tell: Tell) -> "_Work":
-        encoder = load_encoder(recipe)
+    def of(cls, run: RunDirectory, recipe: Recipe, forms: tuple[Form, ...], wish: Wish, tell: Tell) -> "_Work":
+        encoder, update = load_encoder(recipe), Update(run.adapter)
         questions = Questions(recipe, encoder, _validation(recipe, encoder) if wish.compare else [])
         if wish.compare and not len(questions):
             raise DataError("data.validation_fraction: no validation examples to compare with; --no-compare writes a form all the same")
-        return cls(run, recipe, encoder, questions, torch.device("cuda" if torch.cuda.is_available() else "cpu"), tell)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = _files(recipe.model, device) if forms != (Form.ADAPTER,) else None
+        if base is not None:
+            update.check(base)
+        facts = {
+            "name": run.path.resolve().name,
+            "origin": _origin(run),
+            "test": read_json(run.path / "evaluation" / "test.json"),
+            "examples": len(questions),
+            "mistral_file": encoder.mistral_file and encoder.mistral_file.name,
+        }
+        return cls(recipe, encoder, questions, device, tell, run.adapter, base, update, facts)
+
+    @property
+    def bytes(self) -> int:
+        """Of one merged model."""
+        return sum(self.base.shape(name).numel() for name in self.base.where) * self.base.dtype.itemsize if self.base is not None else 0
 
     def make(self, written: dict[Form, Path], *, compare: bool) -> Likenesses:
         """Write each form into its folder, and measure it."""
         live = self._ask("the live adapter", self._live) if compare else None
         likenesses = {}
         for form, aside in written.items():
-            with _room(aside):
+            with _writing(aside):
                 self._write(form, aside)
             if live is not None:
                 said = self._ask(form, partial(self._loaded, form, aside))
                 likenesses[form] = self.questions.compare(live, said)
         return likenesses
 
-    def facts(self) -> dict[str, Any]:
-        """For the card."""
-        card = self.run.adapter / "README.md"
-        found = origin(card.read_text(encoding="utf-8")) if card.is_file() else None
-        told = f" for {found[0]:,} steps on {found[1]}" if found is not None else ""
-        return {"origin": told, "test": read_json(self.run.path / "evaluation" / "test.json"), "examples": len(self.questions)}
-
     def _live(self) -> Any:
-        return load_tuned(self.recipe.model, self.run.adapter, self.device, "sdpa")
+        return load_tuned(self.recipe.model, self.adapter, self.device, "sdpa")
 
     def _loaded(self, form: Form, written: Path) -> Any:
         """A form as an engine loads it."""
-        dtype = compute_dtype(self.recipe.model, self.device)
         if form is Form.ADAPTER:
-            return load_tuned(_unquantized(self.recipe.model), self.run.adapter, self.device, "sdpa")
+            return load_tuned(_unquantized(self.recipe.model), written, self.device, "sdpa")
+        dtype = compute_dtype(self.recipe.model, self.device)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(written, dtype=dtype, attn_implementation="sdpa")
         model.to(self.device)
         model.generation_config = transformers.GenerationConfig()
@@ -142,23 +179,36 @@ class _Work:
 
     def _ask(self, name: str, load: Callable[[], Any]) -> Said:
         self.tell(f"asking {name}")
-        model = load()
-        said = self.questions.ask(model, self.device)
-        del model
-        gc.collect()
-        return said
+        try:
+            return self._said(load())
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}; it cannot be compared") from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            need = f"{self.bytes / 1e9:.1f} GB for a model and more beside" if self.bytes else "a whole model"
+            remedy = "hide the GPU (CUDA_VISIBLE_DEVICES=), or name a form with --form and --no-compare"
+            raise MachineError(f"{name}: there is not enough memory to ask it ({need}); {remedy}") from error
+        finally:
+            gc.collect()
+
+    def _said(self, model: Any) -> Said:
+        return self.questions.ask(model, self.device)
 
     def _write(self, form: Form, aside: Path) -> None:
         if form is Form.ADAPTER:
-            shutil.copytree(self.run.adapter, aside)
+            shutil.copytree(self.adapter, aside, dirs_exist_ok=True)
         else:
-            base = _files(self.recipe.model, self.device)
-            _check_room(base, aside)
-            aside.mkdir(parents=True)
-            write_merged(
-                form, base, Update(self.run.adapter), aside, lambda done, of: self.tell(f"{form}: {done / 1e9:.1f} of {of / 1e9:.1f} GB")
-            )
+            assert self.base is not None
+            write_merged(form, self.base, self.update, aside, lambda done, of: self.tell(f"{form}: {done / 1e9:.1f} of {of / 1e9:.1f} GB"))
         folder.write_settings(self.recipe, self.encoder, form, aside)
+
+
+def _origin(run: RunDirectory) -> str:
+    """Steps and data, in words, as the adapter's own card has them."""
+    card = run.adapter / "README.md"
+    found = origin(card.read_text(encoding="utf-8")) if card.is_file() else None
+    return f" for {found[0]:,} steps on {found[1]}" if found is not None else ""
 
 
 def _validation(recipe: Recipe, encoder: Encoder) -> list[dict[str, Any]]:
@@ -181,17 +231,8 @@ def _unquantized(model: Model) -> Model:
     return model.model_copy(update={"quantization": "none"})
 
 
-def _check_room(base: Checkpoint, aside: Path) -> None:
-    need = sum(base.shape(name).numel() for name in base.where) * base.dtype.itemsize
-    free = free_bytes(aside.parent)
-    if free < need:
-        raise MachineError(
-            f"{aside.parent}: a merged model needs {need:,} bytes, {free:,} bytes are free; make room, or choose another folder"
-        )
-
-
 @contextmanager
-def _room(place: Path) -> Iterator[None]:
+def _writing(place: Path) -> Iterator[None]:
     """Raise MachineError, in one line, where a folder cannot be written."""
     try:
         yield
@@ -199,9 +240,12 @@ def _room(place: Path) -> Iterator[None]:
         raise MachineError(f"{describe(error, 'the export', place.parent)}; {remedy(error)} and run the same command again") from error
 
 
-def _refuse_another(form: Form, likeness: Likeness, tolerance: float) -> None:
-    if likeness.kl > tolerance:
+def _refuse_another(form: Form, likenesses: Likenesses, wish: Wish) -> None:
+    kl = likenesses[form].kl
+    if not kl <= wish.tolerance:
+        found = ", ".join(f"{each} {likeness.kl:.3g}" for each, likeness in likenesses.items())
+        best = "" if wish.form is None else "use --form best, or "
         raise CheckpointError(
-            f"{form}: is not the model that was trained (mean KL {likeness.kl:.3g} nats, more than {tolerance:g});"
-            f" use --form best, or take it as it is with --tolerance {likeness.kl * 1.1:.2g}"
+            f"{form}: is not the model that was trained (mean KL in nats: {found}; at most {wish.tolerance:g});"
+            f" {best}take it as it is with --tolerance {kl * 1.1:.2g}"
         )

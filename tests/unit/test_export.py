@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,10 +186,39 @@ def test_several_files_are_the_same_model(run: RunDirectory, tmp_path: Path, mon
 
 
 def test_a_form_that_is_another_model_is_refused(run: RunDirectory, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"merged-bf16: is not the model that was trained \(mean KL .*--tolerance"):
+    with pytest.raises(CheckpointError, match=r"merged-bf16: is not the model that was trained \(mean KL in nats: merged-bf16 "):
         exported(run, tmp_path / "out", form=Form.BF16, tolerance=1e-6)
     assert list(tmp_path.iterdir()) == [], "nothing is left"
-    exported(run, tmp_path / "out", form=Form.BF16, tolerance=100.0)
+
+
+def other_shapes(run: RunDirectory) -> Any:
+    """An adapter of a base whose layers take 7 inputs."""
+    update = Update(run.adapter)
+    update._added = {name: (first, second[:, :7]) for name, (first, second) in update._added.items()}
+    return lambda _: update
+
+
+def test_a_model_whose_logits_are_no_numbers_is_never_taken(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Update.of
+    monkeypatch.setattr(Update, "of", lambda self, name, weight: real(self, name, weight) * (1e30 if name.endswith("norm.weight") else 1))
+    with pytest.raises(CheckpointError, match="merged-nf4: its logits are not finite on validation examples; it cannot be compared"):
+        exported(run, tmp_path / "out", form=Form.NF4, tolerance=100.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appears_meanwhile_is_left_alone(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = verb.write_merged
+
+    def meanwhile(*words: Any) -> None:
+        real(*words)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("of the user")
+
+    monkeypatch.setattr(verb, "write_merged", meanwhile)
+    with pytest.raises(RunError, match="out: is there already"):
+        exported(run, tmp_path / "out", form=Form.NF4, compare=False)
+    assert (tmp_path / "out" / "mine").read_text() == "of the user"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
@@ -212,8 +240,16 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
         exported(run, tmp_path / "out", "lora.r=8")
     monkeypatch.setattr(verb, "free_bytes", lambda _: 10**6)
     with pytest.raises(MachineError, match=r"a merged model needs \d[\d,]+ bytes, 1,000,000 bytes are free"):
-        exported(run, tmp_path / "out", form=Form.NF4, compare=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["there", "small.jsonl", "small.yaml"]
+        exported(run, tmp_path / "out", form=Form.NF4)
+    with pytest.raises(MachineError, match="2 merged models, of which one stays, need"):
+        exported(run, tmp_path / "out")
+    monkeypatch.setattr(verb, "Update", other_shapes(run))
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.0\.\S+ of shape \(\d+, 7\), which the adapter changes"):
+        exported(run, tmp_path / "out", form=Form.NF4)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="lies in the run"):
+        exported(run, run.path / "adapter" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "small.jsonl", "small.yaml"}
 
 
 def test_a_weight_that_overflows_is_refused(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +280,6 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(run: RunDirectory, t
     started.wait()
     assert not out.exists()
     assert list(tmp_path.iterdir()), "killed in the middle"
-    time.sleep(0.1)
     done = mistral_dist("export", run.path, out, "--form", "merged-nf4", "--no-compare")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{out}: merged-nf4" in done.stdout.replace("\n", "")
