@@ -15,7 +15,7 @@ from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_options import Plain
 from tests.dist.test_resume import ADAPTER, assert_nobody_left, assert_same_run
-from tests.launch import kill, losses, metrics, mistral_dist, run_dir, status, train, training, validations
+from tests.launch import kill, losses, metrics, mistral_dist, run_dir, status, train, training, validations, wait_for
 
 EVERY_STEP = "train.eval_steps=1"
 NOISY = ["model.dtype=bfloat16", "lora.lora_dropout=0.3", "train.gradient_checkpointing=true"]
@@ -36,7 +36,9 @@ def test_a_validation_changes_nothing(zero: int, recipe: Path, tmp_path: Path) -
     """With dropout and recomputed layers. Killed and gone on with: the first act of that launch is a validation."""
     never = train(recipe, tmp_path / "never", *NOISY, zero=zero)
     often = tmp_path / "often"
-    with training(recipe, often, *NOISY, "train.eval_steps=2", until=4, zero=zero) as started:
+    slowly = faults.environment(slow={"0": 1.0, "1": 1.0})  # the writer has time
+    with training(recipe, often, *NOISY, "train.eval_steps=2", until=4, zero=zero, **slowly) as started:
+        wait_for((often / "checkpoints" / "checkpoint-3").is_dir, started)
         kill(started.pid)
         assert_nobody_left(often)
     train(recipe, often, *NOISY, EVERY_STEP, zero=zero)
