@@ -26,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -134,10 +135,12 @@ def save_adapter(folder: Path, adapter: Tensors, peft_config: Any) -> None:
     cannot be written, or where the file read back differs from it in a single bit.
     """
     folder.mkdir(parents=True)
-    named = {peft_name(name): tensor.contiguous() for name, tensor in adapter.items()}
+    named = {peft_name(name): tensor.detach().contiguous() for name, tensor in adapter.items()}
     if not named or any(tensor.numel() == 0 for tensor in named.values()):
         raise CheckpointError("the adapter is empty: its parameters were not gathered from their shards")
-    bad = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
+    # by NumPy: PyTorch would set a team of threads to it, beside that of the steps, whose bits depend on how many there are
+    values = {name: tensor.numpy() for name, tensor in named.items()}
+    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"the adapter holds values that are not finite, first in {bad[0]}")
     write_tensors(folder / "adapter_model.safetensors", named)
@@ -146,8 +149,13 @@ def save_adapter(folder: Path, adapter: Tensors, peft_config: Any) -> None:
         read = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
         raise OSError(errno.EIO, f"the adapter cannot be read back ({error})", str(folder)) from None
-    if read.keys() != named.keys() or not all(torch.equal(read[name], named[name]) for name in named):
+    if read.keys() != values.keys() or not all(_have_same_bits(read[name].numpy(), value) for name, value in values.items()):
         raise OSError(errno.EIO, "the adapter read back is not the one that is trained; is the disk sound?", str(folder))
+
+
+def _have_same_bits(one: Any, other: Any) -> bool:
+    """Two arrays; 0.0 and -0.0 differ."""
+    return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def publish_adapter(target: Path, adapter: Tensors, peft_config: Any, tokenizer: Any, card: str) -> None:

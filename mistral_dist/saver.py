@@ -7,11 +7,9 @@ ends nothing: it is told once, in one line, and tried again at the next; only th
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-
-import torch
 
 from mistral_dist import checkpoint, config
 from mistral_dist.checkpoint import Snapshot
@@ -41,24 +39,6 @@ class Outcome:
         """For the metrics."""
         seconds = {name: round(getattr(self, name), 4) for name in ("waited_seconds", "gather_seconds", "write_seconds")}
         return {"step": self.step, **seconds}
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Have PyTorch compute in the calling thread alone; threads that begin meanwhile take over as many as there were before.
-
-    Otherwise what the writer checks and compares sets a team of threads to it, as many as there are cores, beside those of the steps.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # that number is a thread's own, but a new thread takes over what was set last, by whichever thread: another one sets it back
-    setting = threading.Thread(target=torch.set_num_threads, args=(before,))
-    setting.start()
-    setting.join()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Saver:
@@ -149,7 +129,6 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    @alone()
     def _write(self, snapshot: Snapshot, waited: float, gathered: float, in_haste: bool) -> None:
         started, step, told = time.monotonic(), snapshot.progress.step, ""
         problem: Exception | None = TrainingError(f"{self._run.path}: the writer of checkpoint-{step} ended without a word")
