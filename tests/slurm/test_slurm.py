@@ -88,7 +88,12 @@ def test_a_run_of_two_nodes(cluster: Cluster, recipe: Path, undisturbed: Path, t
     """Submitted without a word of the environment: what a job needs is in the site.env of the folder that it is submitted from."""
     run, site = tmp_path / "run", tmp_path / "slurm" / "site.env"
     site.parent.mkdir()
-    known = {"PATH": f"{Path(sys.executable).parent}:$PATH", **{name: value.replace('"', '\\"') for name, value in SLOWLY.items()}}
+    threads = os.environ["OMP_NUM_THREADS"]  # as many as undisturbed: on some processors the bits depend on it
+    known = {
+        "PATH": f"{Path(sys.executable).parent}:$PATH",
+        "OMP_NUM_THREADS": threads,
+        **{name: value.replace('"', '\\"') for name, value in SLOWLY.items()},
+    }
     site.write_text("".join(f'{name}="{value}"\n' for name, value in known.items()) + "[[ -d /nowhere ]] && HF_HOME=/nowhere\n")
     words = ["--nodes=2", "--export=NONE", f"--output={tmp_path}/job-%j.log", SCRIPT, recipe, f"run.dir={run}", "--processes", "1"]
     job = cluster.submit(*words, cwd=tmp_path)
