@@ -3,6 +3,7 @@
 Each node has one CPU process; ZeRO-2 shards over the two.
 """
 
+import os
 import re
 import shutil
 import subprocess
