@@ -90,7 +90,7 @@ def fingerprint(model: Model) -> str:
         digests = _digests_of(folder(), base)
     except OSError as error:
         raise ModelError(f"{base}: cannot be read ({error}); fetch or copy the base again") from None
-    return digest({"files": digests, "dtype": _dtype(model), "quantization": SETTINGS if model.quantization == "nf4" else None})
+    return digest({"files": digests, "dtype": dtype_name(model), "quantization": SETTINGS if model.quantization == "nf4" else None})
 
 
 def find(model: Model, device: str) -> Entry | None:
@@ -196,10 +196,11 @@ def _place(home: Path, model: Model, device: str, digests: dict[str, str]) -> Pa
 def _description(device: str, model: Model, digests: dict[str, str]) -> dict[str, Any]:
     """Everything that decides an entry's bytes."""
     libraries = {name: version(name) for name in LIBRARIES}
-    return {"format": 1, "files": digests, "dtype": _dtype(model), "device": device, "quantization": SETTINGS, "libraries": libraries}
+    return {"format": 1, "files": digests, "dtype": dtype_name(model), "device": device, "quantization": SETTINGS, "libraries": libraries}
 
 
-def _dtype(model: Model) -> str:
+def dtype_name(model: Model) -> str:
+    """What a model computes in, and is kept in where it is not quantized."""
     return "float32" if model.dtype == "float32" else "bfloat16"
 
 

@@ -67,9 +67,8 @@ def _is_starting(run: RunDirectory) -> bool:
     status = run.status() or {}
     if status.get("message") != STARTING:
         return False
-    return (datetime.now(UTC) - datetime.fromisoformat(status["updated"])).total_seconds() < (
-        join_seconds() or JOIN_SECONDS
-    ) + START_SECONDS
+    age = (datetime.now(UTC) - datetime.fromisoformat(status["updated"])).total_seconds()
+    return age < (join_seconds() or JOIN_SECONDS) + START_SECONDS
 
 
 def _is_queued(run: RunDirectory) -> bool:

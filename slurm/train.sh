@@ -41,7 +41,7 @@ if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it
     exit 2
 fi
 
-# compute nodes have no network; what is compiled on the way belongs on a node's own disk
+# compute nodes have no network, unless site.env says so; what is compiled on the way belongs on a node's own disk
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}" TRITON_CACHE_DIR="/tmp/mistral-dist-$UID/triton"
 # srun no longer hands on by itself how many cores a task may use
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi

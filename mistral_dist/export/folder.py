@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from mistral_dist.base_cache import dtype_name
 from mistral_dist.card import publishable
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
@@ -33,8 +34,7 @@ def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -
     if form is Form.ADAPTER:
         return
     config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=recipe.model.trust_remote_code)
-    config.dtype = _dtype(recipe)
-    config.use_cache = True
+    config.dtype = dtype_name(recipe.model)
     config.save_pretrained(folder)
     end = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
@@ -93,7 +93,7 @@ This folder: **{form}**, {MEANS[form]}.
 {_compared(recipe, likenesses, facts["examples"])}{_measured(facts["test"])}
 ## How to ask it
 
-{_how_to_ask(recipe)}{_mistral_mode(facts["mistral_file"])}
+{_how_to_ask(recipe, facts["mistral_file"])}
 
 ## Recipe
 
@@ -105,13 +105,9 @@ This folder: **{form}**, {MEANS[form]}.
 """
 
 
-def _mistral_mode(file: str | None) -> str:
+def _mistral_mode(file: str) -> str:
     """What a server must be told, where training has used Mistral's own library."""
-    if file is None:
-        return ""
-    return f"""
-
-Its conversations were encoded by mistral-common with `{file}`, which is in this folder: serve it with that, in vLLM by
+    return f"""Its conversations were encoded by mistral-common with `{file}`, which is in this folder: serve it with that, in vLLM by
 `--tokenizer-mode mistral`. The chat template of the Hugging Face tokenizer may give other tokens."""
 
 
@@ -153,19 +149,16 @@ def _interval(found: dict[str, float]) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
-def _dtype(recipe: Recipe) -> str:
-    return "float32" if recipe.model.dtype == "float32" else "bfloat16"
-
-
-def _how_to_ask(recipe: Recipe) -> str:
+def _how_to_ask(recipe: Recipe, mistral_file: str | None) -> str:
     task = recipe.task
+    turns = f"\n\n{_mistral_mode(mistral_file)}" if mistral_file else ""
     system = f"Begin with a system turn: {json.dumps(task.system, ensure_ascii=False)}. " if task.system else ""
     if task.kind == "classification":
         prompt = task.prompt.replace("{labels}", ", ".join(task.labels))
-        return f"{system}The user's turn is this, with the text in its place; the answer is one of the labels:\n\n```\n{prompt}\n```"
+        return f"{system}The user's turn is this, with the text in its place; the answer is one of the labels:\n\n```\n{prompt}\n```{turns}"
     if task.kind == "pretrain":
         return "It goes on with a text, as it is, without turns."
-    return f"{system}By the chat template of its tokenizer."
+    return f"{system}{turns.lstrip() or 'By the chat template of its tokenizer.'}"
 
 
 def _licence(recipe: Recipe) -> str | None:

@@ -138,4 +138,4 @@ def _distances(live: torch.Tensor, form: torch.Tensor, targets: torch.Tensor) ->
 
 
 def _part_alike(one: Sequence[Any], other: Sequence[Any]) -> float:
-    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one) if one else 1.0
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)

@@ -180,7 +180,7 @@ class _Work:
     def _ask(self, name: str, load: Callable[[], Any]) -> Said:
         self.tell(f"asking {name}")
         try:
-            return self._said(load())
+            return self.questions.ask(load(), self.device)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}; it cannot be compared") from None
         except Exception as error:
@@ -191,9 +191,6 @@ class _Work:
             raise MachineError(f"{name}: there is not enough memory to ask it ({need}); {remedy}") from error
         finally:
             gc.collect()
-
-    def _said(self, model: Any) -> Said:
-        return self.questions.ask(model, self.device)
 
     def _write(self, form: Form, aside: Path) -> None:
         if form is Form.ADAPTER:

@@ -181,9 +181,10 @@ class StopRequest:
 def give_way() -> None:
     """Let the calling thread run only where a core has nothing else to do (Linux: SCHED_IDLE, which is a thread's own).
 
-    A lower priority is not enough: a thread that wakes then waits until the slice of the other one is over, some 3 ms at each of the many
-    places where the threads of a step wait for each other. One of SCHED_IDLE is put aside at once. It still gets 3 parts of 1,027 of a
-    core that is never idle; who waits for a lock of its own leaves a core, which it may have unless another process takes that, too.
+    A lower priority is not enough: a thread that wakes may have to wait until the slice of the other one is over, at each of the many
+    places where the threads of a step wait for each other (a step 1.27 times as long on 2 cores, and 1.03 to 1.11 times as long so).
+    One of SCHED_IDLE is put aside at once. Its weight is 3 to another's 1,024; who waits for a lock of its own leaves a core, which it
+    may have unless another process takes that, too.
     """
     thread = threading.get_native_id()
     try:

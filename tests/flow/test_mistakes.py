@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,19 @@ def test_what_several_nodes_need_is_asked_for(
         monkeypatch.setitem(ENVIRONMENT, name, value)
     monkeypatch.setitem(WAYS, "nodes", [str(ROOT / "launch/multi_node.sh")])
     assert told in refused("nodes", write_recipe())
+
+
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
+def test_what_the_site_wants_is_known_from_any_folder(script: str, tmp_path: Path) -> None:
+    """The site.env beside the script, where the current folder has none."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "slurm" / "site.env").write_text("false\n")
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [tmp_path / "slurm" / script, "x"], capture_output=True, text=True, check=False, cwd=tmp_path / "elsewhere", env=ENVIRONMENT
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"{tmp_path}/slurm/site.env, line 1: failed: false\n"
 
 
 def test_a_run_directory_that_cannot_be_written(write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mistral_dist import doctor
 from mistral_dist.config import Recipe
 from mistral_dist.errors import MachineError, RecipeError, RunError
 from mistral_dist.runtime import launcher, nodes, process, slurm
@@ -274,3 +275,6 @@ def test_a_driver_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MachineError, match=r"4 GPUs are here, and torch .* cannot use them: the NVIDIA driver is older"):
         launcher.visible_gpus()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (finding,) = doctor._gpus()
+    assert finding.remedy == launcher.OLD_DRIVER
