@@ -154,7 +154,7 @@ def save_adapter(folder: Path, adapter: Tensors, peft_config: Any) -> None:
 
 def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, str]:
     """What a tensor holds, bit by bit (XXH3, 128 bits): 0.0 and -0.0 differ."""
-    return tensor.dtype, tensor.shape, xxhash.xxh128_hexdigest(tensor.numpy())
+    return tensor.dtype, tensor.shape, xxhash.xxh128_hexdigest(tensor.numpy().data)
 
 
 def publish_adapter(target: Path, adapter: Tensors, peft_config: Any, tokenizer: Any, card: str) -> None:
