@@ -111,7 +111,11 @@ class Plain:
         return total / weight
 
 
-def assert_plain_peft_agrees(recipe: Path, overrides: Sequence[str], run: Path, step: int, within: float) -> None:
+ROUNDING = {"bfloat16": 2**-8, "float32": 1e-5}
+"""What part of a loss may differ, by dtype. bfloat16's epsilon is 2^-8: on some processors a loss of 30 was off by 0.034."""
+
+
+def assert_plain_peft_agrees(recipe: Path, overrides: Sequence[str], run: Path, step: int) -> None:
     """The loss of a step is that of plain PEFT with the checkpoint before it; and it is the adapter's doing."""
     loaded = Recipe.load(recipe, overrides)
     adapter = run / "checkpoints" / f"checkpoint-{step - 1}" / "adapter"
@@ -121,12 +125,16 @@ def assert_plain_peft_agrees(recipe: Path, overrides: Sequence[str], run: Path, 
     with plain.model.disable_adapter():
         without = plain.loss(ids)
     print(f"step {step}: {losses(run)[step - 1]:.6f}, plain PEFT {found:.6f}, without the adapter {without:.6f}")
-    assert found == pytest.approx(losses(run)[step - 1], abs=within)
-    assert abs(without - found) > max(0.02, 5 * within)
+    rounding = ROUNDING[loaded.model.dtype]
+    assert found == pytest.approx(losses(run)[step - 1], rel=rounding, abs=0)
+    assert abs(without - found) > max(0.02, 5 * rounding * found)
     row = torch.arange(1000, 1040)[None]
     with torch.no_grad():
         ours = load_tuned(loaded.model, adapter, torch.device("cpu"), "sdpa")(input_ids=row).logits
-        torch.testing.assert_close(ours, plain.model(input_ids=row).logits, rtol=0, atol=100 * within)
+        theirs = plain.model(input_ids=row).logits
+    apart = float((ours - theirs).norm() / theirs.norm())
+    print(f"logits: {apart:.1e} apart")
+    assert apart < 5 * rounding
 
 
 def assert_every_tensor_moved(run: Path) -> None:
@@ -140,20 +148,20 @@ def assert_every_tensor_moved(run: Path) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_means_on_any_ranks_what_it_means_to_plain_peft(recipe: Path, option: str, tmp_path: Path) -> None:
     overrides = OPTIONS[option]
-    rounding = 2e-2 if "bfloat16" in option else 1e-4
     alone = train(recipe, tmp_path / "alone", *overrides, processes=1, zero=0)
     shared = train(recipe, tmp_path / "shared", *overrides, processes=2, zero=2)
-    optim = Recipe.load(recipe, overrides).optim
+    loaded = Recipe.load(recipe, overrides)
+    optim, rounding = loaded.optim, ROUNDING[loaded.model.dtype]
     for run in (alone, shared):
         assert losses(run)[-1] < losses(run)[0]
         assert_every_tensor_moved(run)
         assert [entry["learning_rate"] for entry in metrics(run)] == [lr_at(step, STEPS, optim) for step in range(STEPS)]
-        assert_plain_peft_agrees(recipe, overrides, run, STEPS, within=rounding)
+        assert_plain_peft_agrees(recipe, overrides, run, STEPS)
     assert lines(alone / "data_order.jsonl") == lines(shared / "data_order.jsonl")
     for here, there in zip(metrics(shared), metrics(alone), strict=True):
         assert here["trained_tokens"] == there["trained_tokens"]
-        assert here["loss"] == pytest.approx(there["loss"], abs=rounding)
-        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=10 * rounding)
+        assert here["loss"] == pytest.approx(there["loss"], rel=rounding, abs=0)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=50 * rounding)
 
 
 def assert_goes_on_to_the_same_bits(recipe: Path, overrides: Sequence[str], wanted: Path, run: Path, zero: int) -> None:
@@ -172,7 +180,7 @@ def assert_goes_on_to_the_same_bits(recipe: Path, overrides: Sequence[str], want
 def test_layers_trained_whole_are_the_same_under_every_stage_and_through_a_kill(recipe: Path, untied_model: Path, tmp_path: Path) -> None:
     overrides = [f"model.path={untied_model}", "lora.modules_to_save=[lm_head, embed_tokens]", "model.dtype=float32"]
     runs = {zero: train(recipe, tmp_path / f"zero{zero}", *overrides, processes=2 if zero else 1, zero=zero) for zero in range(4)}
-    assert_plain_peft_agrees(recipe, overrides, runs[3], STEPS, within=1e-4)
+    assert_plain_peft_agrees(recipe, overrides, runs[3], STEPS)
     config = json.loads((runs[3] / "adapter/adapter_config.json").read_text())
     assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
     for zero, run in runs.items():
