@@ -18,6 +18,8 @@ from mistral_dist.files import sha256, write_text
 from mistral_dist.hub import local_path
 from mistral_dist.resampling import is_interval
 
+FACTS = "export.json"
+"""What was written, for programs: form, base, tokenizer, and how like the live adapter each form is."""
 SUMS = "SHA256SUMS"
 """Of all other files; `sha256sum --check SHA256SUMS` reads it."""
 MEASURES = ("accuracy", "f1_macro", "loss", "exact_match", "rouge_l", "bleu", "chrf", "stop_rate")
@@ -48,7 +50,9 @@ def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[s
     (how many were compared).
     """
     figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
-    write_text(folder / "export.json", json.dumps({"form": form, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
+    model = recipe.model.model_dump(mode="json", include={"name", "revision", "path", "dtype", "quantization"})
+    about = {"form": form, "model": model, "mistral_file": facts["mistral_file"], "compared": figures, "examples": facts["examples"]}
+    write_text(folder / FACTS, json.dumps(about, indent=2) + "\n")
     write_text(folder / "README.md", _card(recipe, form, likenesses, facts))
 
 

@@ -6,10 +6,13 @@ import logging
 import os
 import resource
 import signal
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """In the order in which they get their handlers: who catches the last one catches all."""
@@ -35,6 +38,12 @@ def default_environment(**values: str) -> None:
     """Set variables that the user has not set; libraries read them when they are imported."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def become(words: Sequence[str], **defaults: str) -> NoReturn:
+    """Put another program in this process's place, with signals and terminal; `defaults` hold where the environment says nothing."""
+    sys.stdout.flush()
+    os.execve(words[0], list(words), {**defaults, **os.environ})
 
 
 def has_gpu() -> bool:

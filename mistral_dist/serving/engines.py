@@ -1,0 +1,71 @@
+"""The engines, each as the command line that serves a model. Pure: nothing is looked up, nothing started."""
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+
+from mistral_dist.errors import ModelError, RecipeError
+from mistral_dist.serving.served import Served
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Of vLLM's --max-lora-rank."""
+GREEDY = json.dumps({"temperature": 0.0})
+"""What a request that says nothing gets: the answer that evaluation measured. vLLM's own default is a temperature of 1."""
+
+
+class Engine(StrEnum):
+    """Whose server it is."""
+
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+
+
+def command(engine: Engine, executable: str, models: Sequence[Served], host: str, port: int) -> list[str]:
+    """The words that start an engine on some models. Raises RecipeError, ModelError for what it cannot serve."""
+    return {Engine.VLLM: vllm, Engine.TRANSFORMERS: transformers}[engine](executable, models, host, port)
+
+
+def vllm(executable: str, models: Sequence[Served], host: str, port: int) -> list[str]:
+    """`vllm serve`: one whole model, or a base with any number of its adapters, each under its name."""
+    first, adapters = models[0], [model for model in models if model.adapter is not None]
+    _check_together(models)
+    words = [executable, "serve", str(first.weights), "--served-model-name", first.base, "--host", host, "--port", str(port)]
+    words += ["--dtype", first.dtype, "--override-generation-config", GREEDY]
+    if first.mistral_file:
+        words += ["--tokenizer-mode", "mistral"]
+    if adapters:
+        words += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(_rank(adapters)), "--lora-modules"]
+        words += [json.dumps({"name": model.name, "path": str(model.adapter), "base_model_name": model.base}) for model in adapters]
+    return words
+
+
+def transformers(executable: str, models: Sequence[Served], host: str, port: int) -> list[str]:
+    """`transformers serve`: one whole model; a client calls it by the path that is written here."""
+    first = models[0]
+    if len(models) > 1:
+        raise RecipeError(f"--also {models[1].name}: transformers serves one model; use --engine vllm")
+    if first.adapter is not None:
+        raise ModelError(f"{first.name}: is an adapter, and transformers serves whole models; export it with --form merged-nf4")
+    if first.mistral_file:
+        raise ModelError(f"{first.name}: mistral-common encoded its conversations, which transformers would not use; use --engine vllm")
+    return [executable, "serve", str(first.weights), "--host", host, "--port", str(port)]
+
+
+def _check_together(models: Sequence[Served]) -> None:
+    first, names = models[0], {models[0].base}
+    for model in models:
+        if len(models) > 1 and model.adapter is None:
+            raise RecipeError(f"{model.name}: is a whole model; only adapters of one base are served together (--form adapter)")
+        if model.weights != first.weights or model.dtype != first.dtype or model.mistral_file != first.mistral_file:
+            raise RecipeError(f"{model.name}: another base, dtype or tokenizer than {first.name}'s; serve it by a command of its own")
+        if model.adapter is not None and model.name in names:
+            raise RecipeError(f"{model.name}: two models would have that name; rename one's folder")
+        names.add(model.name)
+
+
+def _rank(adapters: Sequence[Served]) -> int:
+    largest = max(model.rank for model in adapters)
+    fitting = next((rank for rank in RANKS if rank >= largest), None)
+    if fitting is None:
+        raise ModelError(f"lora.r={largest}: vLLM loads adapters up to {RANKS[-1]}; export it with --form merged-nf4")
+    return fitting

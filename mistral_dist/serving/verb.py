@@ -1,0 +1,102 @@
+"""The checks that need no model, then the engine takes this process's place."""
+
+import importlib.util
+import ipaddress
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_dist.errors import MachineError, RecipeError
+from mistral_dist.runtime import process
+from mistral_dist.serving.engines import Engine, command
+from mistral_dist.serving.served import Served, open_served
+
+KEY = "VLLM_API_KEY"
+"""The variable from which vLLM takes the key that a client must send; never a word of a command, which all users of a machine can see."""
+QUIET = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+"""What is served lies on this machine: the engine need not ask a hub, nor tell anyone."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How it is to be served."""
+
+    engine: str = Engine.VLLM
+    """vllm, transformers, or the path of their command."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    flags: tuple[str, ...] = ()
+    """The engine's own, behind ours, so that they win."""
+
+
+def serve(places: Sequence[Path], wish: Wish, tell: Callable[[str], None], *, start: bool = True) -> None:
+    """Become the engine, on one model or on several adapters of one base; `start=False` tells the command and returns.
+
+    Raises UserError for all that can be seen before an engine is started.
+    """
+    engine = _engine(wish.engine)
+    _check_key(engine, wish)
+    models = [open_served(place) for place in places]
+    words = [*command(engine, wish.engine, models, wish.host, wish.port), *wish.flags]
+    if start:
+        words[0] = _executable(engine, wish.engine)
+        _check_port(wish.host, wish.port)
+    for line in (*_notes(models), f"$ {shlex.join(words)}"):
+        tell(line)
+    if start:
+        process.become(words, **QUIET)
+
+
+def _engine(named: str) -> Engine:
+    try:
+        return Engine(Path(named).name)
+    except ValueError:
+        raise RecipeError(f"--engine {named}: there are vllm and transformers, or the path of one of these commands") from None
+
+
+def _executable(engine: Engine, named: str) -> str:
+    """The engine's command: at the path that was given, beside this Python, or on the PATH."""
+    beside = Path(sys.executable).with_name(engine.value)
+    found = shutil.which(named) if named != engine else (shutil.which(beside) or shutil.which(engine.value))
+    if found is None:
+        remedy = "give its command's path: --engine /path/to/vllm (docs/serving.md says how to install it), or use --engine transformers"
+        raise MachineError(f"--engine {named}: not found; {remedy}")
+    if engine is Engine.TRANSFORMERS and Path(found) == beside and importlib.util.find_spec("fastapi") is None:
+        raise MachineError('--engine transformers: its server is not installed; run `pip install "transformers[serving]"`')
+    return found
+
+
+def _check_key(engine: Engine, wish: Wish) -> None:
+    """Raise RecipeError where whoever reaches this machine could use the model."""
+    if _is_loopback(wish.host) or (engine is Engine.VLLM and process.environment(KEY)):
+        return
+    if engine is Engine.TRANSFORMERS:
+        raise RecipeError(f"--host {wish.host}: transformers knows no API key; leave it on 127.0.0.1 (behind a proxy that asks for one)")
+    raise RecipeError(f"--host {wish.host}: others could use the model without a key; `export {KEY}=$(openssl rand -hex 24)` first")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise MachineError(f"{host}:{port}: cannot be listened on ({error.strerror}); choose another --port or --host") from None
+
+
+def _notes(models: Sequence[Served]) -> list[str]:
+    """What whoever serves it should know."""
+    told = "is served on the base as published, not on the 4-bit one that it was trained on: `mistral-dist export` says how far that is off"
+    return [f"{model.name}: {told}" for model in models if model.quantized]
