@@ -1,4 +1,4 @@
-"""The Hugging Face hub -> this machine. After `fetch`, nothing else needs a network, and nothing else asks for one.
+"""The Hugging Face hub -> this machine, and, on request, back. After `fetch`, only `push` needs a network, and nothing else asks for one.
 
 Every failure is one line: what was asked for, why it did not come, where to go.
 """
@@ -6,6 +6,7 @@ Every failure is one line: what was asked for, why it did not come, where to go.
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,33 @@ def fetch_model(model: Model) -> Path:
     except errors.HFValidationError:
         raise ModelError(f"model.name: {model.name!r} is no name on the hub (owner/model); for a folder set model.path") from None
     except (OSError, errors.HTTPError) as error:
-        # the library wraps one in the other: what the hub answered, or that it did not answer, is the cause
-        cause = error.__cause__ or error
-        response = getattr(cause, "response", None)
-        if response is not None and response.status_code < 500:
-            raise ModelError(f"{url}: refused ({_first_line(cause)}); {_log_in()}") from None
-        raise ModelError(f"{url}: cannot be reached ({_first_line(cause)}); {_without_network('model.path')}") from None
+        if _is_refusal(error):
+            raise ModelError(f"{url}: refused ({_first_line(error)}); {_log_in()}") from None
+        raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); {_without_network('model.path')}") from None
+
+
+def upload(folder: Path, name: str, files: Sequence[str]) -> str:
+    """Put files of a folder into the repository `name`, a new one private; return its URL. Raises ModelError with URL and remedy."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    url, hub = f"{endpoint()}/{name}", huggingface_hub.HfApi(endpoint=endpoint())
+    try:
+        hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message="Exported by mistral-dist")
+    except errors.HFValidationError:
+        raise ModelError(f"{name}: is no name on the hub (owner/model)") from None
+    except (OSError, errors.HTTPError) as error:
+        if _is_refusal(error):
+            raise ModelError(f"{url}: refused ({_first_line(error)}); {_log_in('write')}") from None
+        raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); the same command goes on with what is missing") from None
+    return url
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the hub answered. The library wraps one in the other: what it answered, or that it did not answer, is the cause."""
+    response = getattr(error.__cause__ or error, "response", None)
+    return response is not None and response.status_code < 500
 
 
 def _snapshot(model: Model, **options: Any) -> Path:
@@ -174,12 +196,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _log_in() -> str:
+def _log_in(what: str = "read") -> str:
     import huggingface_hub
 
     if huggingface_hub.get_token() is None:
         return f"log in: no token on this machine (`hf auth login`, or HF_TOKEN from {endpoint()}/settings/tokens)"
-    return "use a token that may read it (`hf auth login`)"
+    return f"use a token that may {what} it (`hf auth login`)"
 
 
 def _without_network(setting: str) -> str:

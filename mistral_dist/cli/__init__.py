@@ -3,7 +3,7 @@
 words      what the verbs share
 before     init fetch prepare preview doctor
 during     train status demo
-use        evaluate predict report chat export serve
+use        evaluate predict report chat export push serve
 """
 
 import sys

@@ -150,6 +150,19 @@ def export(
     say(f"{out}: {chosen}")
 
 
+@app.command(epilog="Examples: `mistral-dist push models/my me/my`; `mistral-dist push models/my me/my --upload`")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder that `export` has written")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/MODEL", help="The repository; made, and private, if it is not there")],
+    upload: Annotated[bool, typer.Option("--upload/--dry-run", help="Send it, or say what would be sent")] = False,
+) -> None:
+    """Put an exported folder on the hub; says what would be sent unless told to send it."""
+    from mistral_dist.display import say
+    from mistral_dist.export.push import push as send
+
+    send(folder, name, say, upload=upload)
+
+
 @app.command(
     epilog="Examples: `mistral-dist serve models/my`; `mistral-dist serve runs/a --also runs/b --port 9000`;"
     " `mistral-dist serve models/my --engine /opt/vllm/bin/vllm -- --tensor-parallel-size 2 --max-model-len 8192`"

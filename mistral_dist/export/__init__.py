@@ -4,5 +4,6 @@ forms      what can be written
 merge      base + adapter -> the weights of one model, in bounded memory
 likeness   a form beside the live adapter
 folder     what lies beside the weights
-verb       all of that, in order
+push       such a folder -> the hub
+verb       the export, in order
 """

@@ -12,16 +12,12 @@ from mistral_dist.base_cache import dtype_name
 from mistral_dist.card import publishable
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
-from mistral_dist.export.forms import MEANS, Form
+from mistral_dist.export.forms import FACTS, MEANS, SUMS, Form
 from mistral_dist.export.likeness import Likeness
 from mistral_dist.files import sha256, write_text
 from mistral_dist.hub import local_path
 from mistral_dist.resampling import is_interval
 
-FACTS = "export.json"
-"""What was written, for programs: form, base, tokenizer, and how like the live adapter each form is."""
-SUMS = "SHA256SUMS"
-"""Of all other files; `sha256sum --check SHA256SUMS` reads it."""
 MEASURES = ("accuracy", "f1_macro", "loss", "exact_match", "rouge_l", "bleu", "chrf", "stop_rate")
 """Of the evaluation, those that stand on the card."""
 Likenesses = dict[Form, Likeness]
@@ -51,8 +47,9 @@ def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[s
     """
     figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
     model = recipe.model.model_dump(mode="json", include={"name", "revision", "path", "dtype", "quantization"})
-    about = {"form": form, "model": model, "mistral_file": facts["mistral_file"], "compared": figures, "examples": facts["examples"]}
-    write_text(folder / FACTS, json.dumps(about, indent=2) + "\n")
+    task = recipe.task.model_dump(mode="json", include={"kind", "labels", "prompt", "system"})
+    about = {"form": form, "model": model, "task": task, "mistral_file": facts["mistral_file"]}
+    write_text(folder / FACTS, json.dumps({**about, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
     write_text(folder / "README.md", _card(recipe, form, likenesses, facts))
 
 

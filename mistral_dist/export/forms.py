@@ -1,8 +1,13 @@
-"""The forms in which a tuned model can leave its run."""
+"""The forms in which a tuned model can leave its run, and the files by which such a folder is known."""
 
 from enum import StrEnum
 
 from mistral_dist.errors import RecipeError
+
+FACTS = "export.json"
+"""What was written, for programs: form, base, task, tokenizer, and how like the live adapter each form is."""
+SUMS = "SHA256SUMS"
+"""Of all other files; `sha256sum --check SHA256SUMS` reads it."""
 
 
 class Form(StrEnum):

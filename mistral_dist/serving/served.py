@@ -7,8 +7,7 @@ from typing import Any
 from mistral_dist.config import Model
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.errors import ModelError, RunError
-from mistral_dist.export.folder import FACTS
-from mistral_dist.export.forms import Form
+from mistral_dist.export.forms import FACTS, Form
 from mistral_dist.files import read_json
 from mistral_dist.hub import local_path
 from mistral_dist.run import RunDirectory

@@ -1,0 +1,31 @@
+"""An exported folder -> a repository on the hub: what was exported, whole, and nothing that came into the folder since."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mistral_dist import hub
+from mistral_dist.errors import CheckpointError, RunError
+from mistral_dist.export.forms import SUMS
+from mistral_dist.files import sha256
+
+
+def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) -> None:
+    """Tell what would go to the hub's repository `name` (owner/model); with `upload`, put it there.
+
+    Raises RunError where no export lies there, CheckpointError for a file that is not as it was exported, ModelError where the hub refuses.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise RunError(f"{folder}: no exported folder ({SUMS} is missing); `mistral-dist export RUN {folder}` makes one")
+    wanted = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+    for digest, file in wanted:
+        if not (folder / file).is_file() or sha256(folder / file) != digest:
+            raise CheckpointError(f"{folder / file}: not as it was exported ({SUMS}); export the run again")
+    files = [*(file for _, file in wanted), SUMS]
+    for file in files:
+        tell(f"{(folder / file).stat().st_size:>16,}  {file}")
+    tell(f"{folder / 'README.md'} will be read by whoever sees the repository: it holds the recipe, with the names of its data")
+    if upload:
+        tell(f"{hub.upload(folder, name, files)}: {len(files)} files")
+    else:
+        tell(f"{hub.endpoint()}/{name}: nothing was sent; --upload sends these {len(files)} files, to a private repository if it is new")
