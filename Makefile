@@ -6,7 +6,8 @@
 # make faults    every fault under every ZeRO stage, and what else takes long; writes docs/faults.md (two hours)
 # make faults-left  those of them that were not reached, or did not pass
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
-# make real-size  a 7B of random weights: loaded in bounded memory, trained under ZeRO-3 (21 GB of disk, 20 GiB of memory)
+# make real-size  a 7B of random weights: loaded and merged in bounded memory, trained under ZeRO-3 (36 GB of disk, 20 GiB of memory)
+# make serve-test  real servers, vLLM's and transformers', beside what was trained (10 minutes to install, 15 to run)
 # make test-gpu  the tests that need an NVIDIA GPU (figures in build/gpu)
 # make bench-gpu  a Mistral-7B of real size on one NVIDIA GPU: tokens/s and memory (20 GB of disk; build/gpu/card.json)
 
@@ -16,7 +17,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c configs/constraints.txt
 TORCH = torch==2.13.0
 
-.PHONY: demo test install check bench faults faults-left chaos real-size test-gpu bench-gpu
+.PHONY: demo test install check bench faults faults-left chaos real-size serve-test test-gpu bench-gpu
 
 demo: $(VENV)/installed
 	@$(BIN)/mistral-dist demo
@@ -55,6 +56,16 @@ bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/prepare.py --rows 1000000 --workers 1
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resume
 	$(BIN)/python -m benchmarks.saving
+
+# vLLM pins other versions of what training uses: it lives in an environment of its own.
+$(VENV)-vllm/installed: configs/constraints-vllm.txt
+	@$(PYTHON) -m venv $(VENV)-vllm
+	@$(VENV)-vllm/bin/python -m pip install -qq --disable-pip-version-check $(TORCH) -r $<
+	@$(VENV)-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+serve-test: $(VENV)/installed-dev $(VENV)-vllm/installed
+	CUDA_VISIBLE_DEVICES= VLLM=$(VENV)-vllm/bin/vllm $(BIN)/pytest -s -m serving tests/serving
 
 real-size: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/real_size.py
