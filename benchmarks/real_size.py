@@ -267,8 +267,9 @@ def main() -> None:
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(asked.folder).free
-    if free < NEEDED and not (asked.folder / "mistral-7b-random" / "config.json").is_file():
-        raise SystemExit(f"{asked.folder}: {free / 1e9:.0f} GB free, {NEEDED / 1e9:.0f} GB are needed; set --folder")
+    need = NEEDED - sum(file.stat().st_size for file in asked.folder.rglob("*") if file.is_file())
+    if free < need:
+        raise SystemExit(f"{asked.folder}: {free / 1e9:.0f} GB free, {need / 1e9:.0f} GB are needed; set --folder")
     os.environ["MISTRAL_DIST_CACHE"] = str(asked.folder / "cache")
     met: dict[str, Any] = {}
     try:

@@ -3,6 +3,7 @@
 Every failure is one line: what was asked for, why it did not come, where to go.
 """
 
+import glob
 import shutil
 import urllib.error
 import urllib.request
@@ -120,10 +121,15 @@ def upload(folder: Path, name: str, files: Sequence[str]) -> str:
     url, hub = f"{endpoint()}/{name}", huggingface_hub.HfApi(endpoint=endpoint())
     try:
         hub.create_repo(name, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message="Exported by mistral-dist")
+        hub.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=[glob.escape(file) for file in files],
+            commit_message="Exported by mistral-dist",
+        )
     except errors.HFValidationError:
         raise ModelError(f"{name}: is no name on the hub (owner/model)") from None
-    except (OSError, errors.HTTPError) as error:
+    except Exception as error:  # what carries large files has errors of its own
         if _is_refusal(error):
             raise ModelError(f"{url}: refused ({_first_line(error)}); {_log_in('write')}") from None
         raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); the same command goes on with what is missing") from None

@@ -7,7 +7,7 @@
 #SBATCH --output=slurm-%j.log
 # Serve a run or an exported model on one node, to whoever has the key; the job's log says where (docs/serving.md).
 #   export VLLM_API_KEY=$(openssl rand -hex 24)
-#   sbatch --gpus=1 --cpus-per-gpu=8 --time=8:00:00 slurm/serve.sh RUN|EXPORT [--also RUN] [--engine /path/to/vllm] [-- engine's flags]
+#   sbatch --gpus=1 --cpus-per-gpu=8 --time=8:00:00 slurm/serve.sh RUN|EXPORT [--also RUN] [--engine /path/to/vllm] [-- engine's arguments]
 #   slurm/serve.sh RUN|EXPORT ...  # looks at the model first, then submits as slurm/site.env says
 set -uo pipefail
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then exec sed -n '/^set/q; s/^# //p' "$0"; fi
@@ -29,7 +29,8 @@ if ! command -v "${container[0]:-mistral-dist}" >/dev/null; then
 fi
 
 if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it runs as a job
-    ${container[@]+"${container[@]}"} mistral-dist serve --dry-run --host 0.0.0.0 "$@" >/dev/null || exit
+    ${container[@]+"${container[@]}"} mistral-dist serve --check --host 0.0.0.0 "$@" || exit
+    if [[ -n "${SBATCH_GPUS_PER_NODE:-}" ]]; then export SBATCH_GPUS_PER_NODE="${SERVE_GPUS:-1}"; fi # not as many as a training takes
     if ! command -v sbatch >/dev/null; then echo "sbatch: not found; this is no machine from which SLURM takes jobs" >&2; exit 2; fi
     sbatch "$0" "$@" && exit
     echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2

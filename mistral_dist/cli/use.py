@@ -169,18 +169,19 @@ def push(
 )
 def serve(
     place: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A finished run, or a folder that `export` has written")],
-    flags: Annotated[list[str] | None, typer.Argument(metavar="[-- ENGINE'S FLAGS]", help="Handed on to the engine")] = None,
+    engine_args: Annotated[list[str] | None, typer.Argument(metavar="[-- ENGINE'S ARGUMENTS]", help="Handed on to it")] = None,
     also: Annotated[list[Path] | None, typer.Option("--also", help="Another adapter of the same base; may be given several times")] = None,
     engine: Annotated[
         str, typer.Option("--engine", envvar="MISTRAL_DIST_ENGINE", help="vllm, transformers, or the path of one of these commands")
     ] = "vllm",
     host: Annotated[str, typer.Option("--host", help="Where to listen; beyond this machine only with a key (VLLM_API_KEY)")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
-    start: Annotated[bool, typer.Option("--start/--dry-run", help="Start the engine, or print its command and leave")] = True,
+    base: Annotated[Path | None, typer.Option("--base", help="An adapter's base, if it is not where it was in training")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Look at model, engine and key, print the command, and leave")] = False,
 ) -> None:
     """Serve a model to clients of the OpenAI API, on vLLM or `transformers serve`, with the prompts it was trained with."""
     from mistral_dist.display import say
     from mistral_dist.serving.verb import Wish
     from mistral_dist.serving.verb import serve as start_engine
 
-    start_engine([place, *(also or [])], Wish(engine, host, port, tuple(flags or [])), say, start=start)
+    start_engine([place, *(also or [])], Wish(engine, host, port, base, tuple(engine_args or [])), say, start=not check)

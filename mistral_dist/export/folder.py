@@ -20,6 +20,8 @@ from mistral_dist.resampling import is_interval
 
 MEASURES = ("accuracy", "f1_macro", "loss", "exact_match", "rouge_l", "bleu", "chrf", "stop_rate")
 """Of the evaluation, those that stand on the card."""
+MODEL = ("name", "revision", "path", "dtype", "quantization", "trust_remote_code")
+"""Of the recipe's `model`, what export.json says: how the base is found and loaded."""
 Likenesses = dict[Form, Likeness]
 
 
@@ -42,13 +44,13 @@ def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -
 def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any], folder: Path) -> None:
     """README.md, and export.json with the same figures for programs.
 
-    `facts`: `name`; `origin` (steps and data, in words); `mistral_file`; `test` (what evaluation/test.json says, or None); `examples`
-    (how many were compared).
+    `facts`: `name`; `origin` (steps and data, in words); `mistral_file`; `test` (what evaluation/test.json says, or None);
+    `examples` (how many were compared); `model` (MODEL, as exported); `answers` (of a classifier: each label's token ids, with the
+    one that ends it).
     """
     figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
-    model = recipe.model.model_dump(mode="json", include={"name", "revision", "path", "dtype", "quantization"})
     task = recipe.task.model_dump(mode="json", include={"kind", "labels", "prompt", "system"})
-    about = {"form": form, "model": model, "task": task, "mistral_file": facts["mistral_file"]}
+    about = {"form": form, "model": facts["model"], "task": {**task, "answers": facts["answers"]}, "mistral_file": facts["mistral_file"]}
     write_text(folder / FACTS, json.dumps({**about, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
     write_text(folder / "README.md", _card(recipe, form, likenesses, facts))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mistral_dist import hub
-from mistral_dist.errors import CheckpointError, RunError
+from mistral_dist.errors import CheckpointError, ModelError, RunError
 from mistral_dist.export.forms import SUMS
 from mistral_dist.files import sha256
 
@@ -17,14 +17,16 @@ def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) 
     sums = folder / SUMS
     if not sums.is_file():
         raise RunError(f"{folder}: no exported folder ({SUMS} is missing); `mistral-dist export RUN {folder}` makes one")
-    wanted = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+    if name.count("/") != 1:
+        raise ModelError(f"{name}: is no name on the hub; give owner and model, as in me/{folder.resolve().name}")
+    wanted = [line.partition("  ")[::2] for line in sums.read_text(encoding="utf-8").splitlines()]
     for digest, file in wanted:
         if not (folder / file).is_file() or sha256(folder / file) != digest:
             raise CheckpointError(f"{folder / file}: not as it was exported ({SUMS}); export the run again")
     files = [*(file for _, file in wanted), SUMS]
     for file in files:
         tell(f"{(folder / file).stat().st_size:>16,}  {file}")
-    tell(f"{folder / 'README.md'} will be read by whoever sees the repository: it holds the recipe, with the names of its data")
+    tell("whoever sees the repository can read README.md and export.json: the recipe, with its prompts and with paths of this machine")
     if upload:
         tell(f"{hub.upload(folder, name, files)}: {len(files)} files")
     else:

@@ -144,6 +144,8 @@ class _Work:
             "test": read_json(run.path / "evaluation" / "test.json"),
             "examples": len(questions),
             "mistral_file": encoder.mistral_file and encoder.mistral_file.name,
+            "model": recipe.model.model_dump(mode="json", include=set(folder.MODEL)),
+            "answers": dict(zip(recipe.task.labels, encoder.candidates("").answers, strict=True)) if recipe.task.labels else {},
         }
         return cls(recipe, encoder, questions, device, tell, run.adapter, base, update, facts)
 

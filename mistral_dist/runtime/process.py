@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -40,10 +40,10 @@ def default_environment(**values: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def become(words: Sequence[str], **defaults: str) -> NoReturn:
+def become(words: Sequence[str], variables: Mapping[str, str], **defaults: str) -> NoReturn:
     """Put another program in this process's place, with signals and terminal; `defaults` hold where the environment says nothing."""
     sys.stdout.flush()
-    os.execve(words[0], list(words), {**defaults, **os.environ})
+    os.execve(words[0], list(words), {**defaults, **os.environ, **variables})
 
 
 def has_gpu() -> bool:

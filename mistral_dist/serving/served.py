@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_dist.base_cache import dtype_name
 from mistral_dist.config import Model
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.errors import ModelError, RunError
@@ -23,55 +24,79 @@ class Served:
     """What a client calls it: the name of its folder."""
     weights: Path
     """The folder of a whole model."""
-    base: str
-    """What a client calls the model at `weights`."""
+    weights_name: str
+    """What a client calls the model at `weights`: of an adapter, the base's published name."""
+    dtype: str
+    """bfloat16 or float32: in which it was trained; of merged weights, in which they are."""
     adapter: Path | None = None
     """PEFT's folder; None where the weights are all there is."""
     rank: int = 0
     """Of the adapter's matrices."""
-    dtype: str = "auto"
-    """In which it was trained; of merged weights that in which they are."""
-    mistral_file: bool = False
-    """Whether mistral-common encoded its conversations."""
+    mistral_common: bool = False
+    """Whether mistral-common encoded its conversations, and its file lies beside the weights."""
     quantized: bool = False
     """Whether the adapter was trained on a 4-bit base, which is not the base that an engine loads."""
+    trust_remote_code: bool = False
 
 
-def open_served(place: Path) -> Served:
-    """What lies at a run directory or an exported folder.
+def open_served(place: Path, base: Path | None = None) -> Served:
+    """What lies at a run directory or an exported folder; `base`: where an adapter's base is, if not where it was in training.
 
     Raises RunError where there is neither, or a run without an adapter; ModelError where the base is not on this machine, or the
     adapter is of a kind that no engine loads.
     """
     facts = read_json(place / FACTS)
     if facts is not None:
-        return _exported(place, facts)
+        return _exported(place, facts, base)
     run = RunDirectory(place)
     if not (place / "recipe.yaml").is_file():
         raise RunError(f"{place}: neither a run (recipe.yaml) nor an exported folder ({FACTS}); `mistral-dist export RUN OUT` makes one")
     recipe = run.recipe()
     if not (run.adapter / ADAPTER).is_file():
         raise RunError(f"{place}: has no adapter yet; `mistral-dist status {place}` says how it stands")
-    return _adapter(_name(place), run.adapter, recipe.model, mistral_file=load_encoder(recipe).mistral_file is not None)
+    return _adapter(place, run.adapter, recipe.model, base, mistral_common=load_encoder(recipe).mistral_file is not None)
 
 
-def _exported(place: Path, facts: dict[str, Any]) -> Served:
+def _exported(place: Path, facts: dict[str, Any], base: Path | None) -> Served:
     try:
-        form, model, mistral_file = Form(facts["form"]), Model.model_validate(facts["model"]), bool(facts["mistral_file"])
+        form, model, mistral_common = Form(facts["form"]), Model.model_validate(facts["model"]), bool(facts["mistral_file"])
     except (KeyError, ValueError):
         raise RunError(f"{place / FACTS}: not what this version of `mistral-dist export` writes; export the run again") from None
     if form is Form.ADAPTER:
-        return _adapter(_name(place), place, model, mistral_file=mistral_file)
-    return Served(_name(place), place, _name(place), mistral_file=mistral_file)
+        return _adapter(place, place, model, base, mistral_common=mistral_common)
+    name, code = _name(place), model.trust_remote_code
+    return Served(name, place, name, dtype_name(model), mistral_common=mistral_common, trust_remote_code=code)
 
 
-def _adapter(name: str, folder: Path, model: Model, *, mistral_file: bool) -> Served:
+def _adapter(place: Path, folder: Path, model: Model, base: Path | None, *, mistral_common: bool) -> Served:
     config = read_json(folder / ADAPTER) or {}
     if config.get("modules_to_save"):
         whole = ", ".join(config["modules_to_save"])
         raise ModelError(f"{folder}: trained {whole} whole, which no engine loads as an adapter; export it with --form merged-nf4")
-    quantized = model.quantization != "none"
-    return Served(name, local_path(model), model.name, folder, int(config["r"]), model.dtype, mistral_file, quantized)
+    return Served(
+        _name(place),
+        _base(model, base),
+        model.name,
+        dtype_name(model),
+        folder,
+        int(config["r"]),
+        mistral_common,
+        quantized=model.quantization != "none",
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _base(model: Model, given: Path | None) -> Path:
+    """The base's folder: the one that is given, the one of the training, or, on another machine, the hub's cache."""
+    try:
+        return local_path(model.model_copy(update={"path": str(given or model.path)}) if given or model.path else model)
+    except ModelError:
+        if given is not None:
+            raise
+    try:
+        return local_path(model.model_copy(update={"path": None}))
+    except ModelError:
+        raise ModelError(f"{model.name}: the adapter's base is not on this machine; say where it is with --base FOLDER") from None
 
 
 def _name(place: Path) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import ipaddress
+import os
 import shlex
 import shutil
 import socket
@@ -19,6 +20,10 @@ KEY = "VLLM_API_KEY"
 """The variable from which vLLM takes the key that a client must send; never a word of a command, which all users of a machine can see."""
 QUIET = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 """What is served lies on this machine: the engine need not ask a hub, nor tell anyone."""
+GUARD = Path(__file__).parent / "guard"
+"""What vLLM imports, and nothing else of ours: its environment is another."""
+OURS = ("host", "port", "api-key", "uds")
+"""Of the engine's arguments, those that have a check or a secret, and so an option of ours."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +34,29 @@ class Wish:
     """vllm, transformers, or the path of their command."""
     host: str = "127.0.0.1"
     port: int = 8000
-    flags: tuple[str, ...] = ()
+    base: Path | None = None
+    """Where an adapter's base is, if not where it was in training."""
+    engine_args: tuple[str, ...] = ()
     """The engine's own, behind ours, so that they win."""
 
 
 def serve(places: Sequence[Path], wish: Wish, tell: Callable[[str], None], *, start: bool = True) -> None:
-    """Become the engine, on one model or on several adapters of one base; `start=False` tells the command and returns.
+    """Become the engine, on one model or on several adapters of one base; `start=False` tells its command and returns.
 
     Raises UserError for all that can be seen before an engine is started.
     """
     engine = _engine(wish.engine)
-    _check_key(engine, wish)
-    models = [open_served(place) for place in places]
-    words = [*command(engine, wish.engine, models, wish.host, wish.port), *wish.flags]
-    if start:
-        words[0] = _executable(engine, wish.engine)
-        _check_port(wish.host, wish.port)
+    _check_arguments(wish.engine_args)
+    _check_key(engine, wish.host)
+    models = [open_served(place, wish.base) for place in places]
+    key = engine is Engine.VLLM and bool(process.environment(KEY))
+    words = [*command(engine, _executable(engine, wish.engine), models, wish.host, wish.port, key=key), *wish.engine_args]
     for line in (*_notes(models), f"$ {shlex.join(words)}"):
         tell(line)
     if start:
-        process.become(words, **QUIET)
+        _check_port(wish.host, wish.port)
+        path = os.pathsep.join(filter(None, (str(GUARD), process.environment("PYTHONPATH"))))
+        process.become(words, {"PYTHONPATH": path} if key else {}, **QUIET)
 
 
 def _engine(named: str) -> Engine:
@@ -60,23 +68,38 @@ def _engine(named: str) -> Engine:
 
 def _executable(engine: Engine, named: str) -> str:
     """The engine's command: at the path that was given, beside this Python, or on the PATH."""
-    beside = Path(sys.executable).with_name(engine.value)
+    beside = str(Path(sys.executable).with_name(engine.value))
     found = shutil.which(named) if named != engine else (shutil.which(beside) or shutil.which(engine.value))
     if found is None:
         remedy = "give its command's path: --engine /path/to/vllm (docs/serving.md says how to install it), or use --engine transformers"
         raise MachineError(f"--engine {named}: not found; {remedy}")
-    if engine is Engine.TRANSFORMERS and Path(found) == beside and importlib.util.find_spec("fastapi") is None:
-        raise MachineError('--engine transformers: its server is not installed; run `pip install "transformers[serving]"`')
+    if engine is Engine.TRANSFORMERS and found == beside:
+        missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise MachineError(f'--engine transformers: {", ".join(missing)} not installed; run `pip install "transformers[serving]"`')
     return found
 
 
-def _check_key(engine: Engine, wish: Wish) -> None:
-    """Raise RecipeError where whoever reaches this machine could use the model."""
-    if _is_loopback(wish.host) or (engine is Engine.VLLM and process.environment(KEY)):
+def _check_arguments(words: Sequence[str]) -> None:
+    """Raise RecipeError for a word that is none of the engine's, or an argument that is an option of ours."""
+    if words and not words[0].startswith("-"):
+        raise RecipeError(f"{words[0]}: one model is served; another adapter of the same base with --also {words[0]}")
+    for word in words:
+        name = word.partition("=")[0].lstrip("-").replace("_", "-")
+        if word.startswith("--") and name in OURS:
+            instead = (
+                f"set {KEY}" if name == "api-key" else "it stands before `--`, where it is checked" if name != "uds" else "leave it out"
+            )
+            raise RecipeError(f"--{name}: not as an engine's argument; {instead}")
+
+
+def _check_key(engine: Engine, host: str) -> None:
+    """Raise RecipeError where whoever reaches this machine over a network could use the model."""
+    if _is_loopback(host) or (engine is Engine.VLLM and process.environment(KEY)):
         return
     if engine is Engine.TRANSFORMERS:
-        raise RecipeError(f"--host {wish.host}: transformers knows no API key; leave it on 127.0.0.1 (behind a proxy that asks for one)")
-    raise RecipeError(f"--host {wish.host}: others could use the model without a key; `export {KEY}=$(openssl rand -hex 24)` first")
+        raise RecipeError(f"--host {host}: transformers knows no API key; leave it on 127.0.0.1 (behind a proxy that asks for one)")
+    raise RecipeError(f"--host {host}: others could use the model without a key; `export {KEY}=$(openssl rand -hex 24)` first")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,5 @@
 """A real server, started as a user would, and stopped."""
 
-import json
 import os
 import socket
 import subprocess
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import openai
 import psutil
@@ -28,20 +26,19 @@ class Server:
     url: str
     process: "subprocess.Popen[bytes]"
     log: Path
+    key: str
+    place: Path
+    """What is served."""
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=120)
 
     def get(self, path: str) -> str:
         """What it answers; raises OSError for another status than 200."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as reply:
+        request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {self.key}"})
+        with urllib.request.urlopen(request, timeout=10) as reply:
             return str(reply.read().decode())
-
-    def post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            return json.load(reply)
 
     def memory(self) -> int:
         """Proportional set size of the server with all its children, in bytes."""
@@ -57,12 +54,12 @@ def free_port() -> int:
 
 @contextmanager
 def serving(*words: str | Path, flags: tuple[str, ...] = (), log: Path, **environment: str) -> Iterator[Server]:
-    """`mistral-dist serve` with some words, from its first answer on; asked to stop at the end, it ends by itself."""
+    """`mistral-dist serve` with some words, from its first answer on; asked to stop at the end, it ends by itself, with what it began."""
     port = free_port()
     command = [*COMMAND, "serve", *map(str, words), "--port", str(port), *(["--", *flags] if flags else [])]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=out)
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    server = Server(f"http://127.0.0.1:{port}", process, log, environment.get("VLLM_API_KEY", "none"), Path(words[0]))
     try:
         wait_until_healthy(server)
         yield server

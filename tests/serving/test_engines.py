@@ -7,6 +7,8 @@ import http.client
 import json
 import shutil
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ import transformers
 
 from examples.serving.classify import probabilities
 from mistral_dist.answers import label_row, label_scores, write_answers
-from mistral_dist.config import Recipe
+from mistral_dist.config import Recipe, Task
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.export.forms import Form
 from mistral_dist.model import load_tuned
@@ -30,7 +32,7 @@ from tests.conftest import LABELS, WriteRecipe
 from tests.launch import mistral_dist, train
 from tests.serving.server import Server, serving
 from tests.unit.test_export import exported, finished
-from tests.unit.test_mistral_format import CALLED, PLAIN, RESULT, SYSTEM, WEATHER, base, recipe, user
+from tests.unit.test_mistral_format import PLAIN, SYSTEM, WEATHER, base, recipe, user
 
 pytestmark = pytest.mark.serving
 
@@ -41,7 +43,7 @@ PROMPTS = 50
 EXAMPLES = 100
 NEAR_TIE = 1e-2
 """Logits that close may change places by rounding."""
-VLLM_FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager", "--disable-log-requests")
+VLLM_FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager")
 VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}
 
 
@@ -84,7 +86,9 @@ def adapters(run: RunDirectory, vllm: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def whole(merged: Path, vllm: str) -> Iterator[Server]:
-    with serving(merged, "--engine", vllm, flags=VLLM_FLAGS, log=merged.parent / "whole.log", **VLLM_VARIABLES) as server:
+    with serving(
+        merged, "--engine", vllm, flags=VLLM_FLAGS, log=merged.parent / "whole.log", VLLM_API_KEY="a-key", **VLLM_VARIABLES
+    ) as server:
         yield server
 
 
@@ -145,7 +149,7 @@ def assert_same_text(model: Any, encoder: Encoder, asked: list[list[Any]], ask: 
             assert gap < NEAR_TIE, (wanted.text, answer)
             near += 1
     print(f"{len(asked)} prompts, {near} near-ties")
-    assert len(set(answers)) > PROMPTS // 4, "answers that differ, or nothing is compared"
+    assert len(set(answers)) > len(asked) // 4, "answers that differ, or nothing is compared"
 
 
 @pytest.mark.parametrize("form", ["base", "adapter", "merged"])
@@ -176,11 +180,12 @@ def test_a_client_gets_the_labels_with_their_probabilities(
     server: Server = request.getfixturevalue("whole" if form == "merged" else "adapters")
     name = merged.name if form == "merged" else run.path.name
     model, labels, apart, taken = reference(form, run, merged), list(LABELS), 0.0, set()
+    answers = json.loads((merged / "export.json").read_text())["task"]["answers"]
     for row in texts[:EXAMPLES]:
         with torch.no_grad():
             scores = label_scores(model, label_row([encoder.candidates(row["text"])]), 1, len(labels), CPU)[0]
         wanted = dict(zip(labels, torch.softmax(scores, 0).tolist(), strict=True))
-        found = probabilities(server.client, name, encoder._with_system(encoder.question(row["text"])), labels)
+        found = probabilities(server.client, name, encoder._with_system(encoder.question(row["text"])), answers)
         apart = max(apart, *(abs(found[label] - wanted[label]) for label in labels))
         assert max(found, key=found.__getitem__) == max(wanted, key=wanted.__getitem__)
         taken.add(max(found, key=found.__getitem__))
@@ -193,9 +198,11 @@ def test_a_client_gets_the_labels_with_their_probabilities(
 
 
 def ids_of(server: Server, model: str, turns: list[Any], **more: Any) -> list[int]:
-    """The prompt as the server tokenizes it."""
-    found: list[int] = server.post("/tokenize", model=model, messages=turns, add_generation_prompt=True, **more)["tokens"]
-    return found
+    """The prompt of a request as the server tokenizes it."""
+    reply: Any = server.client.chat.completions.create(
+        model=model, messages=turns, max_tokens=1, extra_body={"return_token_ids": True}, **more
+    )
+    return list(reply.prompt_token_ids)
 
 
 def test_the_servers_prompt_is_that_of_training(
@@ -234,8 +241,26 @@ def test_the_servers_prompt_is_that_of_training_in_mistrals_own_format(mistral: 
     for turns in PLAIN.values():
         asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         assert ids_of(server, "own", asked) == encoder.prompt(asked)
-    tools = [user("How is it outside?"), CALLED, RESULT]
+    call = {"id": "abcde1234", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Ürümqi"}'}}
+    called: Any = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result: Any = {"role": "tool", "content": '{"sky": "grün"}', "tool_call_id": "abcde1234", "name": "weather"}
+    tools = [user("How is it outside?"), called, result]
     assert ids_of(server, "own", tools, tools=[WEATHER]) == encoder.prompt(tools, [WEATHER])
+
+
+def test_a_labels_probability_in_mistrals_own_format(mistral: tuple[Server, Encoder]) -> None:
+    """The tokens that the server continues with are those of the answers; two labels of which one begins the other."""
+    server, encoder = mistral
+    classifier = Encoder(encoder.tokenizer, Task(kind="classification", labels=["act", "action"]), encoder._format)
+    found = classifier.candidates("Run.")
+    turns = classifier.question("Run.")
+    assert ids_of(server, "own", turns) == found.prompt
+    told = probabilities(server.client, "own", turns, dict(zip(("act", "action"), found.answers, strict=True)))
+    assert sum(told.values()) == pytest.approx(1)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(server.place, dtype=torch.float32).eval()
+    with torch.no_grad():
+        scores = label_scores(model, label_row([found]), 1, 2, CPU)[0]
+    assert list(told.values()) == pytest.approx(torch.softmax(scores, 0).tolist(), abs=1e-4)
 
 
 # what clients do wrong
@@ -261,7 +286,7 @@ def ask_badly(server: Server, number: int) -> tuple[str, int]:
     """One of many requests: every fourth is right, every seventh is dropped, the others are wrong in one way or another."""
     place = urlsplit(server.url)
     connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=120)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
     try:
         if number % 4 == 0:
             connection.request("POST", "/v1/chat/completions", json.dumps(GOOD), headers)
@@ -286,7 +311,8 @@ def test_bad_requests_harm_nobody(whole: Server) -> None:
             return list(pool.map(lambda number: ask_badly(whole, number), range(REQUESTS)))
 
     storm()  # what is allocated once
-    before, answered, after = whole.memory(), storm(), 0
+    before = whole.memory()
+    answered = storm()
     after = whole.memory()
     print(f"{before / 2**20:,.0f} MiB before {REQUESTS} requests, {after / 2**20:,.0f} MiB after")
     for name, code in answered:
@@ -295,3 +321,22 @@ def test_bad_requests_harm_nobody(whole: Server) -> None:
     assert after < before + 32 * 2**20
     assert whole.get("/health") == ""
     assert "vllm:" in whole.get("/metrics")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/invocations", "/tokenize", "/metrics"])
+def test_without_the_key_nothing_is_answered(whole: Server, path: str) -> None:
+    for key in (None, "a-kex"):
+        request = urllib.request.Request(f"{whole.url}{path}", headers={"Authorization": f"Bearer {key}"} if key else {})
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(request, timeout=10)
+
+
+def test_an_answer_that_is_being_written_is_ended_when_the_server_is_stopped(merged: Path, vllm: str) -> None:
+    with serving(merged, "--engine", vllm, flags=VLLM_FLAGS, log=merged.parent / "stopped.log", **VLLM_VARIABLES) as server:
+        chunks = server.client.chat.completions.create(
+            model=merged.name, messages=[user("Tell me something.")], max_tokens=60, stream=True, extra_body={"ignore_eos": True}
+        )
+        first = next(iter(chunks))
+        assert first.choices
+        server.process.terminate()
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"

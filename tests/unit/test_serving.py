@@ -1,12 +1,18 @@
 """Which command serves what lies at a place, and what is refused before an engine is started."""
 
+import asyncio
 import json
+import os
+import re
 import shlex
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +21,15 @@ from mistral_dist.errors import MachineError, ModelError, RecipeError, RunError
 from mistral_dist.export.forms import Form
 from mistral_dist.run import RunDirectory
 from mistral_dist.serving.engines import Engine, command
+from mistral_dist.serving.guard.mistral_dist_guard import RequireKey
 from mistral_dist.serving.served import Served, open_served
 from mistral_dist.serving.verb import KEY, Wish, serve
 from tests.conftest import WriteRecipe
-from tests.launch import mistral_dist
+from tests.launch import COMMAND, ROOT, mistral_dist
 from tests.unit.test_export import exported, finished
 
-WHOLE = Served("my", Path("/models/my"), "my")
-ADAPTER = Served("a", Path("/base"), "mistralai/base", Path("/runs/a/adapter"), rank=16, dtype="bfloat16", quantized=True)
+WHOLE = Served("my", Path("/models/my"), "my", "float32")
+ADAPTER = Served("a", Path("/base"), "mistralai/base", "bfloat16", Path("/runs/a/adapter"), rank=16, quantized=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +55,11 @@ def after(words: list[str], flag: str) -> str:
 
 def test_a_run_and_both_kinds_of_export_are_known(run: RunDirectory, merged: Path, tmp_path: Path) -> None:
     model = run.recipe().model
-    live = Served(run.path.name, Path(str(model.path)), "test/small", run.adapter, 4, "float32", quantized=True)
+    live = Served(run.path.name, Path(str(model.path)), "test/small", "float32", run.adapter, 4, quantized=True)
     assert open_served(run.path) == live
-    assert open_served(merged) == Served("merged", merged, "merged")
+    assert open_served(merged) == Served("merged", merged, "merged", "float32")
+    exported(run, tmp_path / "half", "model.dtype=bfloat16", form=Form.NF4, compare=False)
+    assert open_served(tmp_path / "half").dtype == "bfloat16", "as it was exported, not as it was trained"
     exported(run, tmp_path / "alone", form=Form.ADAPTER, compare=False)
     assert open_served(tmp_path / "alone") == replace(live, name="alone", adapter=tmp_path / "alone")
 
@@ -76,9 +85,12 @@ def test_vllm_serves_a_whole_model_greedily() -> None:
     assert words[:3] == ["vllm", "serve", "/models/my"]
     assert (after(words, "--served-model-name"), after(words, "--host"), after(words, "--port")) == ("my", "127.0.0.1", "8000")
     assert json.loads(after(words, "--override-generation-config")) == {"temperature": 0}
-    assert "--enable-lora" not in words
-    assert "--tokenizer-mode" not in words
-    assert after(command(Engine.VLLM, "vllm", [replace(WHOLE, mistral_file=True)], "h", 1), "--tokenizer-mode") == "mistral"
+    assert (after(words, "--dtype"), after(words, "--generation-config"), after(words, "--tokenizer-mode")) == ("float32", "vllm", "hf")
+    assert not {"--enable-lora", "--trust-remote-code", "--middleware", "--tool-call-parser"} & set(words)
+    words = command(Engine.VLLM, "vllm", [replace(WHOLE, mistral_common=True, trust_remote_code=True)], "h", 1, key=True)
+    assert (after(words, "--tokenizer-mode"), after(words, "--tool-call-parser")) == ("mistral", "mistral")
+    assert "--trust-remote-code" in words
+    assert after(words, "--middleware") == "mistral_dist_guard.RequireKey"
 
 
 def test_vllm_serves_a_base_with_its_adapters_by_name() -> None:
@@ -99,7 +111,7 @@ def test_vllm_serves_a_base_with_its_adapters_by_name() -> None:
         (Engine.VLLM, [replace(ADAPTER, rank=1024)], r"lora\.r=1024: vLLM loads adapters up to 512"),
         (Engine.TRANSFORMERS, [WHOLE, WHOLE], "transformers serves one model"),
         (Engine.TRANSFORMERS, [ADAPTER], "a: is an adapter, and transformers serves whole models"),
-        (Engine.TRANSFORMERS, [replace(WHOLE, mistral_file=True)], "mistral-common encoded its conversations"),
+        (Engine.TRANSFORMERS, [replace(WHOLE, mistral_common=True)], "mistral-common encoded its conversations"),
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused(engine: Engine, models: list[Served], told: str) -> None:
@@ -109,33 +121,82 @@ def test_what_an_engine_cannot_serve_is_refused(engine: Engine, models: list[Ser
 
 def test_transformers_serves_a_whole_model() -> None:
     words = command(Engine.TRANSFORMERS, "transformers", [WHOLE], "127.0.0.1", 8000)
-    assert words == ["transformers", "serve", "/models/my", "--host", "127.0.0.1", "--port", "8000"]
+    assert words == ["transformers", "serve", "/models/my", "--host", "127.0.0.1", "--port", "8000", "--dtype", "float32"]
 
 
-def test_beyond_this_machine_a_key_is_asked_for(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for vLLM that prints its process, words and variables."""
+    path = tmp_path / "bin" / "vllm"
+    path.parent.mkdir()
+    path.write_text(
+        """#!/bin/sh\necho "pid $$"\nfor word; do echo "word $word"; done\necho "offline $HF_HUB_OFFLINE"\necho "path $PYTHONPATH"\n"""
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_beyond_this_machine_a_key_is_asked_for(merged: Path, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     with pytest.raises(RecipeError, match=rf"--host 0\.0\.0\.0: others could use the model without a key; `export {KEY}="):
         serve([merged], Wish(host="0.0.0.0"), told.append, start=False)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        serve([merged], Wish(str(engine), host=host), told.append, start=False)
+    assert "--middleware" not in " ".join(told)
     monkeypatch.setenv(KEY, "a-secret")
     with pytest.raises(RecipeError, match="transformers knows no API key"):
         serve([merged], Wish(engine="transformers", host="::"), told.append, start=False)
-    for host in ("0.0.0.0", "127.0.0.1", "localhost", "::1"):
-        serve([merged], Wish(host=host), told.append, start=False)
+    serve([merged], Wish(str(engine), host="0.0.0.0"), told.append, start=False)
+    assert "--middleware mistral_dist_guard.RequireKey" in told[-1]
     assert "a-secret" not in " ".join(told)
 
 
-def test_the_engine_takes_the_place_of_the_command(run: RunDirectory, tmp_path: Path) -> None:
-    """A stand-in that prints its words and variables: those that were told, ours first, then the user's; no network."""
-    engine = tmp_path / "vllm"
-    engine.write_text('#!/bin/sh\necho "pid $$"\nfor word; do echo "word $word"; done\necho "offline $HF_HUB_OFFLINE"\n')
-    engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
-    done = mistral_dist("serve", run.path, "--engine", engine, "--dry-run", "--", "--max-model-len", "512")
-    assert done.returncode == 0, done.stderr
-    note, line = done.stdout.splitlines()
-    assert note.startswith(f"{run.path.name}: is served on the base as published, not on the 4-bit one")
-    words = shlex.split(line)
-    assert words[:3] == ["$", str(engine), "serve"]
-    assert words[-2:] == ["--max-model-len", "512"]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--host", "0.0.0.0"), "--host: not as an engine's argument; it stands before `--`, where it is checked"),
+        (("--port=1",), "--port: not as"),
+        (("--api_key", "x"), f"--api-key: not as an engine's argument; set {KEY}"),
+        (("--uds", "x"), "--uds: not as an engine's argument; leave it out"),
+        (("runs/b",), "runs/b: one model is served; another adapter of the same base with --also runs/b"),
+    ],
+)
+def test_an_engines_argument_goes_round_no_check(merged: Path, engine: Path, words: tuple[str, ...], told: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        serve([merged], Wish(str(engine), engine_args=words), print, start=False)
+
+
+def answers(app: RequireKey, path: str, *headers: tuple[bytes, bytes], kind: str = "http") -> list[Any]:
+    """What a request to it is answered."""
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message.get("status") or message.get("code") or message.get("body"))
+
+        await app({"type": kind, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(ask())
+    return sent
+
+
+def test_the_guard_lets_nobody_in_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "a-secret")
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await send({"status": 200})
+
+    guarded, key = RequireKey(app), (b"authorization", b"Bearer a-secret")
+    assert answers(guarded, "/invocations", key) == [200]
+    assert answers(guarded, "/health") == [200]
+    for path in ("/invocations", "/v1/models", "/tokenize", "/health/", "//health"):
+        assert answers(guarded, path)[0] == 401
+    assert answers(guarded, "/v1/models", (b"authorization", b"Bearer a-secret2"))[0] == 401
+    assert answers(guarded, "/v1/realtime", kind="websocket") == [1008]
+
+
+def test_the_engine_takes_the_place_of_the_command(run: RunDirectory, engine: Path) -> None:
+    """Those words that were told, ours first, then the user's; in this very process, where a signal finds it; no network."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -143,10 +204,19 @@ def test_the_engine_takes_the_place_of_the_command(run: RunDirectory, tmp_path: 
         refused = mistral_dist("serve", run.path, "--engine", engine, "--port", port)
     assert refused.returncode == 2
     assert f"127.0.0.1:{port}: cannot be listened on (Address already in use); choose another --port" in refused.stderr
-    started = mistral_dist("serve", run.path, "--engine", engine, "--port", port, "--", "--max-model-len", "512")
-    said = started.stdout.splitlines()
-    assert [line.removeprefix("word ") for line in said if line.startswith("word ")] == shlex.split(said[1])[2:]
-    assert said[-1] == "offline 1"
+    words = [*COMMAND, "serve", str(run.path), "--engine", str(engine), "--port", port, "--", "--max-model-len", "512"]
+    environment = {**os.environ, KEY: "a-secret"}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as started:
+        said = started.communicate()[0].splitlines()
+    assert said[0].startswith(f"{run.path.name}: is served on the base as published, not on the 4-bit one")
+    told = shlex.split(said[1])
+    assert told[:3] == ["$", str(engine), "serve"]
+    assert told[-2:] == ["--max-model-len", "512"]
+    assert said[2] == f"pid {started.pid}"
+    assert [line.removeprefix("word ") for line in said if line.startswith("word ")] == told[2:]
+    assert "offline 1" in said
+    assert said[-1].startswith(f"path {ROOT / 'mistral_dist/serving/guard'}")
+    assert "a-secret" not in " ".join(said)
 
 
 def test_an_engine_that_is_not_there_is_told(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,3 +227,18 @@ def test_an_engine_that_is_not_there_is_told(merged: Path, tmp_path: Path, monke
         serve([merged], Wish(engine="/nowhere/vllm"), print)
     with pytest.raises(RecipeError, match="--engine sglang: there are vllm and transformers"):
         serve([merged], Wish(engine="sglang"), print)
+    told: list[str] = []
+    serve([merged], Wish(engine="transformers"), told.append, start=False)
+    assert told[-1].startswith(f"$ {Path(sys.executable).with_name('transformers')} serve {merged}")
+
+
+def test_an_adapter_finds_its_base_elsewhere(run: RunDirectory, merged: Path, tmp_path: Path) -> None:
+    exported(run, tmp_path / "alone", form=Form.ADAPTER, compare=False)
+    about = json.loads((tmp_path / "alone" / "export.json").read_text())
+    about["model"]["path"] = "/on/another/machine"
+    (tmp_path / "alone" / "export.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="test/small: the adapter's base is not on this machine; say where it is with --base FOLDER"):
+        open_served(tmp_path / "alone")
+    assert open_served(tmp_path / "alone", merged).weights == merged
+    with pytest.raises(ModelError, match="no model there"):
+        open_served(tmp_path / "alone", tmp_path)
