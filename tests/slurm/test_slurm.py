@@ -214,6 +214,29 @@ def test_a_finished_run_is_not_submitted_and_is_evaluated(cluster: Cluster, reci
         assert told in line
 
 
+def test_a_model_is_served_by_a_job_that_says_where(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    """A stand-in for vLLM answers; real engines are started by `make serve-test`."""
+    engine, site = tmp_path / "vllm", tmp_path / "site.env"
+    engine.write_text('#!/bin/sh\necho "key $VLLM_API_KEY"; for word; do echo "word $word"; done\n')
+    engine.chmod(0o755)
+    site.write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\nMISTRAL_DIST_ENGINE={engine}\n')
+    words, environment = [SCRIPT.with_name("serve.sh"), undisturbed], {**cluster.environment, "SITE_ENV": str(site)}
+    for more, told in (
+        ({}, "others could use the model without a key"),
+        ({"VLLM_API_KEY": "k", "MISTRAL_DIST_ENGINE": "x"}, "served on the base"),
+    ):
+        done = subprocess.run(words, cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True, timeout=120, check=False)
+        assert told in done.stdout + done.stderr
+        assert done.returncode == (0 if more else 2), done.stdout + done.stderr
+    job = done.stdout.split()[-1]
+    found = cluster.wait_for(job, "COMPLETED")
+    said = (tmp_path / f"slurm-{job}.log").read_text().splitlines()
+    assert found["ExitCode"] == "0:0", said
+    port = 20000 + int(job) % 20000
+    assert said[0].endswith(f":{port}/v1")
+    assert {"key k", "word 0.0.0.0", f"word {port}", "word mistral_dist_guard.RequireKey"} <= set(said)
+
+
 @pytest.mark.matrix
 def test_a_mistake_on_one_node_alone_is_told_there_and_ends_the_job(
     cluster: Cluster, submit: Callable[..., tuple[str, Path]], tmp_path: Path
