@@ -93,7 +93,7 @@ def outside(tree: ast.AST) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("file", MODULES, ids=name)
 def test_only_the_runtime_knows_launchers_ranks_and_environment(file: Path) -> None:
     found = list(outside(ast.parse(file.read_text())))
-    assert found == [] or file.parent.name == "runtime"
+    assert found == [] or file.parent.name in ("runtime", "guard"), "the guard runs in vLLM's process, without this package"
 
 
 def test_the_check_of_rooms_sees_what_it_looks_for() -> None:

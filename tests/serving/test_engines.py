@@ -225,12 +225,12 @@ def mistral(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     """A tiny Mistral with random weights and Mistral's own tokenizer, as a run's base; behind the server with its adapter."""
     folder = tmp_path_factory.mktemp("mistral")
     path = base(folder / "v3", "v3", "tokenizer.model.v3")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.MistralConfig(vocab_size=32768, head_dim=16, **sizes)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MistralConfig(vocab_size=32768, head_dim=64, **sizes)  # vLLM's attention on a CPU wants 32 or more
     transformers.MistralForCausalLM(config).save_pretrained(path)
     loaded = recipe(path, "someone/tuned")
     run = finished(Recipe.model_validate({**loaded.model_dump(mode="json"), "run": {"dir": str(folder / "run")}}))
-    exported(run, folder / "own", form=Form.BF16, compare=False)
+    exported(run, folder / "own", "model.dtype=float32", form=Form.BF16, compare=False)
     with serving(folder / "own", "--engine", vllm, flags=VLLM_FLAGS, log=folder / "log", **VLLM_VARIABLES) as server:
         assert "--tokenizer-mode mistral" in server.log.read_text()
         yield server, load_encoder(loaded)
