@@ -7,7 +7,7 @@
 # make faults-left  those of them that were not reached, or did not pass
 # make chaos     runs killed at random moments (SEED=0 KILLS=20)
 # make real-size  a 7B of random weights: loaded and merged in bounded memory, trained under ZeRO-3 (36 GB of disk, 20 GiB of memory)
-# make serve-test  real servers, vLLM's and transformers', beside what was trained (10 minutes to install, 15 to run)
+# make serve-test  real servers, vLLM's and transformers', beside what was trained (installs vLLM first, some 10 minutes)
 # make test-gpu  the tests that need an NVIDIA GPU (figures in build/gpu)
 # make bench-gpu  a Mistral-7B of real size on one NVIDIA GPU: tokens/s and memory (20 GB of disk; build/gpu/card.json)
 

@@ -23,11 +23,11 @@ def probabilities(client: openai.OpenAI, model: str, turns: list[Any], answers: 
     """How probable each label is as the answer to some turns; they add up to 1. `answers`: the token ids of each label."""
     root = str(client.base_url).rstrip("/").removesuffix("/v1")
     question = {"model": model, "messages": turns, "add_generation_prompt": True}
-    prompt = client.post(f"{root}/tokenize", body=question, cast_to=object)["tokens"]  # type: ignore[index]
+    tokenized: Any = client.post(f"{root}/tokenize", body=question, cast_to=object)
 
     def score(answer: list[int]) -> float:
         more = {"prompt_logprobs": 0, "add_special_tokens": False}
-        reply: Any = client.completions.create(model=model, prompt=prompt + answer, max_tokens=1, extra_body=more)
+        reply: Any = client.completions.create(model=model, prompt=tokenized["tokens"] + answer, max_tokens=1, extra_body=more)
         told = reply.choices[0].prompt_logprobs[-len(answer) :]
         return sum(entry[str(token)]["logprob"] for entry, token in zip(told, answer, strict=True))
 

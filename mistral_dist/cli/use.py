@@ -1,4 +1,4 @@
-"""The verbs after training: they take a RUN."""
+"""The verbs after training: they take a RUN, or what was exported of it."""
 
 from pathlib import Path
 from typing import Annotated

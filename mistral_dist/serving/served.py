@@ -1,5 +1,6 @@
 """What lies at a place: a whole model, or an adapter and the base that it belongs to."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,12 @@ def _adapter(place: Path, folder: Path, model: Model, base: Path | None, *, mist
 
 def _base(model: Model, given: Path | None) -> Path:
     """The base's folder: the one that is given, the one of the training, or, on another machine, the hub's cache."""
-    try:
-        return local_path(model.model_copy(update={"path": str(given or model.path)}) if given or model.path else model)
-    except ModelError:
-        if given is not None:
-            raise
-    try:
-        return local_path(model.model_copy(update={"path": None}))
-    except ModelError:
-        raise ModelError(f"{model.name}: the adapter's base is not on this machine; say where it is with --base FOLDER") from None
+    if given is not None:
+        return local_path(model.model_copy(update={"path": str(given)}))
+    for place in (model, model.model_copy(update={"path": None})):
+        with suppress(ModelError):
+            return local_path(place)
+    raise ModelError(f"{model.name}: the adapter's base is not on this machine; say where it is with --base FOLDER")
 
 
 def _name(place: Path) -> str:

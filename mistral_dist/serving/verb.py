@@ -22,8 +22,9 @@ QUIET = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 """What is served lies on this machine: the engine need not ask a hub, nor tell anyone."""
 GUARD = Path(__file__).parent / "guard"
 """What vLLM imports, and nothing else of ours: its environment is another."""
-OURS = ("host", "port", "api-key", "uds")
-"""Of the engine's arguments, those that have a check or a secret, and so an option of ours."""
+BEFORE = "it stands before `--`, where it is checked"
+OURS = {"host": BEFORE, "port": BEFORE, "api-key": f"set {KEY}", "uds": "leave it out"}
+"""Of the engine's arguments, those that have a check or a secret; and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ def _check_arguments(words: Sequence[str]) -> None:
     for word in words:
         name = word.partition("=")[0].lstrip("-").replace("_", "-")
         if word.startswith("--") and name in OURS:
-            instead = (
-                f"set {KEY}" if name == "api-key" else "it stands before `--`, where it is checked" if name != "uds" else "leave it out"
-            )
-            raise RecipeError(f"--{name}: not as an engine's argument; {instead}")
+            raise RecipeError(f"--{name}: not as an engine's argument; {OURS[name]}")
 
 
 def _check_key(engine: Engine, host: str) -> None:

@@ -10,10 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mistral_dist.errors import CheckpointError, RunError
+from mistral_dist.export.push import push
+
 ROOT = Path(__file__).parent.parent.parent
+TOKEN = "hf_averysecrettoken"
 NAME = "org/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -44,6 +49,8 @@ class Hub(ThreadingHTTPServer):
         self.heals_after = 10**6
         """So many refusals are given, then the answer."""
         self.asked: list[str] = []
+        self.sent: list[dict[str, Any]] = []
+        """Of a commit, line by line."""
 
     @property
     def url(self) -> str:
@@ -81,6 +88,30 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        assert self.headers["Authorization"] == f"Bearer {TOKEN}"
+        self.server.asked.append(self.path)
+        if self.path in self.server.refuse:
+            status, headers, content = self.server.refuse[self.path]
+        elif self.path == "/api/repos/create":
+            assert json.loads(body)["visibility"] == "private"
+            status, headers, content = json_reply({"url": f"{self.server.url}/me/my", "name": "me/my", "id": "me/my"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            status, headers, content = json_reply(
+                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            )
+        else:
+            self.server.sent = [json.loads(line) for line in body.splitlines()]
+            commit = {"commitUrl": f"{self.server.url}/me/my/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+            status, headers, content = json_reply(commit)
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -258,3 +289,57 @@ def test_the_doctor_sees_whether_the_hub_answers(hub: Hub, python: Fetch, listen
         hub.server_close()
     found = python("-c", "from mistral_dist.hub import is_reachable; print(is_reachable())", endpoint=hub.url)
     assert found.stdout.strip() == str(listening), found.stderr
+
+
+# an exported folder -> the hub
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    files = {"README.md": "# my", "export.json": "{}", "model.safetensors": "weights"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    sums = "".join(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in files.items())
+    (folder / "SHA256SUMS").write_text(sums)
+    (folder / "mine.txt").write_text("of the user")
+    return folder
+
+
+def test_without_being_asked_nothing_is_sent(exported: Path, hub: Hub, python: Fetch) -> None:
+    done = python("-m", "mistral_dist.cli", "push", exported, "me/my", endpoint=hub.url, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines()[:4]] == ["README.md", "export.json", "model.safetensors", "SHA256SUMS"]
+    assert f"{hub.url}/me/my: nothing was sent; --upload sends these 4 files" in done.stdout
+    assert hub.asked == []
+
+
+def test_what_was_exported_is_sent_and_nothing_else(exported: Path, hub: Hub, python: Fetch) -> None:
+    done = python("-m", "mistral_dist.cli", "push", exported, "me/my", "--upload", endpoint=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/me/my: 4 files"
+    sent = {line["value"]["path"] for line in hub.sent if line["key"] == "file"}
+    assert sent == {"README.md", "export.json", "model.safetensors", "SHA256SUMS"}
+    assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_refusal_is_one_line_without_the_token(exported: Path, hub: Hub, python: Fetch, status: int) -> None:
+    hub.refuse["/api/repos/create"] = (status, {}, b"{}")
+    done = python("-m", "mistral_dist.cli", "push", exported, "me/my", "--upload", endpoint=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {hub.url}/me/my: {'refused' if status < 500 else 'cannot be reached'} (")
+    assert status == 500 or "use a token that may write it" in line
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_what_is_not_as_it_was_exported_stays_here(exported: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    (exported / "model.safetensors").write_text("weight?")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not as it was exported \(SHA256SUMS\)"):
+        push(exported, "me/my", told.append, upload=True)
+    with pytest.raises(RunError, match="no exported folder"):
+        push(tmp_path, "me/my", told.append, upload=True)
+    assert told == []

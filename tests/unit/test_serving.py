@@ -166,7 +166,7 @@ def test_an_engines_argument_goes_round_no_check(merged: Path, engine: Path, wor
         serve([merged], Wish(str(engine), engine_args=words), print, start=False)
 
 
-def answers(app: RequireKey, path: str, *headers: tuple[bytes, bytes], kind: str = "http") -> list[Any]:
+def answers(app: RequireKey, path: str, *headers: tuple[bytes, bytes], kind: str = "http", method: str = "POST") -> list[Any]:
     """What a request to it is answered."""
     sent: list[Any] = []
 
@@ -174,7 +174,10 @@ def answers(app: RequireKey, path: str, *headers: tuple[bytes, bytes], kind: str
         async def send(message: dict[str, Any]) -> None:
             sent.append(message.get("status") or message.get("code") or message.get("body"))
 
-        await app({"type": kind, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
+        async def receive() -> dict[str, Any]:
+            return {}
+
+        await app({"type": kind, "method": method, "path": path, "headers": headers}, receive, send)
 
     asyncio.run(ask())
     return sent
@@ -189,6 +192,7 @@ def test_the_guard_lets_nobody_in_without_the_key(monkeypatch: pytest.MonkeyPatc
     guarded, key = RequireKey(app), (b"authorization", b"Bearer a-secret")
     assert answers(guarded, "/invocations", key) == [200]
     assert answers(guarded, "/health") == [200]
+    assert answers(guarded, "/v1/models", method="OPTIONS") == [200]
     for path in ("/invocations", "/v1/models", "/tokenize", "/health/", "//health"):
         assert answers(guarded, path)[0] == 401
     assert answers(guarded, "/v1/models", (b"authorization", b"Bearer a-secret2"))[0] == 401

@@ -22,9 +22,10 @@ class RequireKey:
         self._app, self._wanted = app, f"Bearer {os.environ['VLLM_API_KEY']}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer, or hand on."""
+        """Answer, or hand on. What a browser asks before its request (OPTIONS) has no key, and runs no model."""
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if scope["type"] == "lifespan" or scope.get("path") in OPEN or hmac.compare_digest(given, self._wanted):
+        is_open = scope["type"] == "lifespan" or scope.get("path") in OPEN or scope.get("method") == "OPTIONS"
+        if is_open or hmac.compare_digest(given, self._wanted):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
