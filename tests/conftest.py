@@ -36,6 +36,11 @@ RESULTS = fault_table.Results(Path(__file__).parents[1] / "build" / "faults.json
 """Of the tests that were run for the table."""
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: a compressed file holds the second it was made in, and workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
