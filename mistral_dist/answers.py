@@ -75,7 +75,7 @@ def label_row(examples: Sequence[Candidates]) -> LabelRow:
 
 @torch.no_grad()
 def label_scores(model: Any, row: LabelRow, examples: int, labels: int, device: torch.device) -> torch.Tensor:
-    """Log-probability of each label as the whole answer, in nats; float32 [examples, labels]."""
+    """Log-probability of each label as the whole answer, in nats; float64 [examples, labels]."""
     logits = model(
         input_ids=row.input_ids.to(device),
         position_ids=row.position_ids.to(device),
@@ -83,8 +83,9 @@ def label_scores(model: Any, row: LabelRow, examples: int, labels: int, device: 
         logits_to_keep=row.predict_from.to(device),
         use_cache=False,
     ).logits[0]
-    found = logits.float().log_softmax(-1).gather(1, row.targets.to(device)[:, None])[:, 0]
-    return torch.zeros(examples * labels, device=device).index_add_(0, row.owner.to(device), found).view(examples, labels).cpu()
+    found = logits.float().log_softmax(-1).gather(1, row.targets.to(device)[:, None])[:, 0].double().cpu()
+    # added on the CPU: a GPU adds in any order, so with other last bits each time
+    return torch.zeros(examples * labels, dtype=torch.float64).index_add_(0, row.owner, found).view(examples, labels)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from mistral_dist.answers import MODELS, Which, as_model, label_row, label_score
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import Message
+from mistral_dist.exams.labels import probabilities
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
 
@@ -31,7 +32,7 @@ class Chat:
         for name in models:
             with as_model(self.model, name):
                 scores = label_scores(self.model, row, 1, len(labels), self.device)[0]
-            result[name] = dict(zip(labels, scores.softmax(0).tolist(), strict=True))
+            result[name] = dict(zip(labels, probabilities(scores.tolist()).tolist(), strict=True))
         return result
 
     def reply(self, turns: Sequence[Message], streamer: Any = None, which: Which = "tuned") -> str:

@@ -121,6 +121,8 @@ def evaluation_table(result: dict[str, Any]) -> Table:
         base, tuned = (result[model]["written"] for model in ("base", "tuned"))
         _add_measures(table, {name: (measure, tuned[name]) for name, measure in base.items()})
         table.caption += f"; from exact match on of {base['n']} written answers"
+    if "loss" in result["difference"]:  # two intervals may overlap, and the models differ on nearly every example
+        table.caption += f"; change of the loss {_interval(result['difference']['loss'])}"
     if "mcnemar" in result["difference"]:
         found = result["difference"]["mcnemar"]
         alone = f"right alone: base {found['only_base_right']}, tuned {found['only_tuned_right']}"

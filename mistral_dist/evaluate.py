@@ -55,8 +55,10 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> None:
         for name, found in lines.items():
             found += getattr(marked, name)
     for name, found in lines.items():
-        write_text(run.path / "evaluation" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in found))
-    write_text(run.path / "evaluation" / "test.json", json.dumps(result, indent=2) + "\n")
+        lined = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in found)
+        write_text(run.path / "evaluation" / f"{name}.jsonl", lined)
+    result["evaluate"] = recipe.evaluate.model_dump(mode="json")
+    write_text(run.path / "evaluation" / "test.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     kept.discard()
 
 
@@ -72,8 +74,9 @@ def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], P
         text_metrics.own_metric(recipe.evaluate.metric)
     encoder = load_encoder(recipe)
     prepared = open_prepared(recipe, encoder)
-    found = newest_good(run.checkpoints)
-    if found is not None and load_progress(found)[1].get("held_out") != prepared.fingerprint:
+    found = newest_good(run.checkpoints)  # there may be none any more
+    trained_beside = (load_progress(found)[1] if found is not None else run.status() or {}).get("held_out")
+    if trained_beside != prepared.fingerprint:
         raise RunError(f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew")
     records = list(prepared.split(TEST))
     if not records:

@@ -118,6 +118,17 @@ def step_of(line: str | bytes) -> float:
         return float("inf")
 
 
+def reached(file: Path) -> float:
+    """The step of the last whole line of a file, as `step_of` counts; 0 where there is none."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(max(0, file.stat().st_size - BLOCK))
+            lines = stream.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return 0.0
+    return max((step for line in lines if (step := step_of(line)) < float("inf")), default=0.0)
+
+
 def _end_of(read: Callable[[int, int], bytes], end: int, step: float) -> int:
     """Where the last whole line up to a step ends, looked for from `end` backwards; `read(start, size)` gives the bytes."""
     start, tail = end, b""

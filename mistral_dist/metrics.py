@@ -36,14 +36,17 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
 def summary(confusion: np.ndarray, drawn_from: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Each of MEASURES, float64 [...], of confusion matrices [..., classes, columns].
 
-    `drawn_from`: the matrix that these are resamples of. A class that is there but was not drawn says nothing about the model, so the mean
-    over the classes leaves it out; counted as 0, of many small classes some would always pull it down.
+    The mean over the classes leaves out a class that is neither there nor said, as scikit-learn does, which then knows nothing of it.
+    `drawn_from`: the matrix that these are resamples of. A class that is there but was not drawn says nothing about the model, so it is
+    left out, too; counted as 0, of many small classes some would always pull the mean down.
     """
     hits, predicted, actual = (counts.sum(-1) for counts in _decisions(confusion))
     micro = {"precision": _ratio(hits, predicted), "recall": _ratio(hits, actual), "f1": _ratio(2 * hits, predicted + actual)}
     share = _ratio(confusion.sum(-1), actual[..., None])
     classes = per_class(confusion)
-    counted = np.ones(confusion.shape[:-1]) if drawn_from is None else (confusion.sum(-1) > 0) | (drawn_from.sum(-1) == 0)
+    origin = confusion if drawn_from is None else drawn_from
+    is_said = origin[..., : confusion.shape[-2]].sum(-2) > 0
+    counted = np.where(origin.sum(-1) > 0, confusion.sum(-1) > 0, is_said)
     return {
         "accuracy": _ratio(hits, actual),
         **{f"{name}_macro": (classes[name] * counted).sum(-1) / counted.sum(-1) for name in NAMES},

@@ -55,7 +55,7 @@ def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out:
     if runtime.is_main:
         known = {index: found[n] for n, index in enumerate(asked)} if classifies else found
         lines = [_line(row, known.get(index), recipe) for index, row in enumerate(rows)]
-        write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(out, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
         kept.discard()
 
 
@@ -108,6 +108,8 @@ def _line(row: Example | BadRow, answer: Any, recipe: Recipe) -> Mapping[str, An
     asked: dict[str, Any] = {"place": row.place, **({"messages": row.messages} if row.messages else {"text": row.text})}
     if recipe.task.kind != "classification":
         return {**asked, "answer": answer[0], "ended": answer[1]}
+    if not np.isfinite(answer).all():
+        return {**asked, "error": f"{row.place}: the model gives no finite likelihood"}
     likely = probabilities(answer)
     named = dict(zip(recipe.task.labels, (round(float(one), 6) for one in likely), strict=True))
     return {**asked, "label": recipe.task.labels[int(np.argmax(likely))], "probabilities": named}

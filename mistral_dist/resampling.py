@@ -3,7 +3,7 @@
 All intervals are 95 % percentile intervals over examples (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,26 @@ def intervals_of_counts(
     return {name: _interval(value, np.concatenate([part[name] for part in found])) for name, value in measures(counts).items()}
 
 
-def interval_of_ratio(numerators: np.ndarray, denominators: np.ndarray, samples: int, seed: int = 0) -> Interval:
-    """Of sum(numerators) / sum(denominators), each float64 [examples]: a loss per token, or with ones below a mean."""
+def interval_of_ratio(
+    numerators: np.ndarray, denominators: np.ndarray, samples: int, seed: int = 0, of: Sequence[str] | None = None
+) -> Interval:
+    """Of sum(numerators) / sum(denominators), each float64 [examples]: a loss per token, or with ones below a mean.
+
+    `of`: what each example is a piece of. Pieces of one document are alike, so documents are drawn, each whole (the cluster bootstrap;
+    Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+    """
     both = np.stack([numerators, denominators], axis=1).astype(np.float64)
+    if of is not None:
+        documents, number = np.unique(np.asarray(of), return_inverse=True)
+        pieces, both = both, np.zeros((len(documents), 2))
+        np.add.at(both, number, pieces)
     sums = np.concatenate([counts @ both for counts in _resamples(len(both), samples, seed)])
     return _interval(both[:, 0].sum() / both[:, 1].sum(), sums[:, 0] / sums[:, 1])
 
 
-def gain(before: np.ndarray, after: np.ndarray, samples: int) -> Interval:
+def gain(before: np.ndarray, after: np.ndarray, samples: int, of: Sequence[str] | None = None) -> Interval:
     """How much a measure has risen on the same examples: the mean of the differences, float64 or bool [examples] each."""
-    return interval_of_ratio(after.astype(np.float64) - before, np.ones(len(before)), samples)
+    return interval_of_ratio(after.astype(np.float64) - before, np.ones(len(before)), samples, of=of)
 
 
 def is_interval(value: Any) -> bool:

@@ -35,6 +35,8 @@ from mistral_dist.runtime import process
 from mistral_dist.runtime.nodes import Nodes
 
 PROGRESS = ("step", "steps", "checkpoint")
+BEGINNING = ("launches", "job", "held_out")
+"""What is told at the start of a launch; held_out: the fingerprint of the data that are kept from the training."""
 """Of a status; null where nothing is known of them yet."""
 FREE_IT = "wait for it, stop it, or start another run with run.dir=..."
 State = Literal["running", "finished", "stopped", "failed"]
@@ -85,14 +87,14 @@ class RunDirectory:
         return read_json(self.path / "status.json")
 
     def set_status(self, state: State, exit_code: int | None, message: str, **progress: Any) -> None:
-        """Replace status.json; step, steps, checkpoint, launches and job keep their values unless given. Works on a full disk.
+        """Replace status.json; step, steps, checkpoint, launches, job and held_out keep their values unless given. Works on a full disk.
 
         Raises OSError where the folder cannot be written, or may not because the lease has expired.
         """
         if self._is_expired() or (self.lease is not None and self.lease.lost) or self._is_anothers():
             raise OSError(errno.ETIMEDOUT, "the lease could not be renewed, or another holds it", str(self.path))
         before = self.status() or {}
-        kept = {**dict.fromkeys(PROGRESS), **{key: before[key] for key in (*PROGRESS, "launches", "job") if key in before}}
+        kept = {**dict.fromkeys(PROGRESS), **{key: before[key] for key in (*PROGRESS, *BEGINNING) if key in before}}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         status = {"state": state, "exit_code": exit_code, "message": message, **kept, **progress, "updated": now}
         replace_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 from mistral_dist import checkpoint
 from mistral_dist.base_cache import fingerprint
+from mistral_dist.card import publishable
 from mistral_dist.checkpoint import Progress, Snapshot
 from mistral_dist.config import Recipe, leaves
 from mistral_dist.data.cursor import Cursor
@@ -22,6 +23,7 @@ from mistral_dist.errors import RunError, TrainingError
 from mistral_dist.files import sweep
 from mistral_dist.guards import Guard, Trouble, reach
 from mistral_dist.hub import earlier_adapter
+from mistral_dist.journal import reached
 from mistral_dist.micro_batch import settled
 from mistral_dist.model import adapter_parameters, build_trainable, choose_attention, packed_weights
 from mistral_dist.optim import build_optimizer
@@ -65,7 +67,7 @@ class Session:
         if self.recipe.train.load_best_model_at_end:
             rules = rules.model_copy(update={"save_best_limit": max(1, rules.save_best_limit)})
         self.keeps_best = rules.save_best_limit > 0
-        fields = dict(leaves(self.recipe.model_dump(mode="json")))
+        fields = dict(leaves(publishable(self.recipe).model_dump(mode="json")))
         self.trackers = Trackers(self.recipe.log.trackers, self.run.path, self.recipe.log.project, fields, self.say)
         self.saver = Saver(self.run, rules, self.say, reach(self.recipe.train))
         self.runtime.is_writing = self.saver.is_writing
@@ -194,7 +196,7 @@ class Session:
         if self.runtime.is_main:
             self.run.check_lease()
             self.run.append("metrics.jsonl", {"step": step, "eval": {**found.metrics(), "best_step": validation.best_step}})
-            self.trackers.log(step, {f"eval/{name}": value for name, value in found.metrics().items()})
+            self.trackers.log(step, {f"eval/{name}": value for name, value in found.metrics().items()}, after=0.5)
         self.say(f"step {step}/{self.steps}  {validation.told()}  {found.seconds:.2f} s")
         self.clock = time.monotonic()
 
@@ -339,12 +341,13 @@ class Session:
                 raise RunError(f"{self.run.path}: began with other {what}: fingerprint {facts.get(fact)} then, {now} now; {ways_out}")
 
     def _mark_start(self) -> None:
+        shown = reached(self.run.path / "metrics.jsonl")
         self._cut_back()
-        self.trackers.start(self.progress.step)
+        self.trackers.start(self.progress.step, shown)
         self.run.closing.callback(self.trackers.close)
         launches = (self.run.status() or {}).get("launches", 0) + 1
         begins = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saved), "launches": launches}
-        self.run.set_status("running", None, "training", **begins, job=slurm.job())
+        self.run.set_status("running", None, "training", **begins, job=slurm.job(), held_out=self.feed.held_out)
 
     def _data_order(self, work: Work) -> list[str]:
         """The ids of the step's examples, slot by slot, as they went through the forward on whichever rank."""

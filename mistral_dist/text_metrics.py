@@ -1,14 +1,15 @@
 """Written answers and the reference answers -> exact match, ROUGE-L, BLEU, chrF, how often the model stopped by itself."""
 
 import importlib
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
+from mistral_dist.data.duplicates import UNSPACED
 from mistral_dist.errors import RecipeError
 from mistral_dist.resampling import Interval, gain, interval_of_ratio
 
@@ -25,8 +26,9 @@ def exact_match(answer: str, reference: str) -> float:
     return float(answer.strip() == reference.strip())
 
 
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|(?:(?![\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])[^\W_])+")
-"""Letters and digits of any script; Chinese, Japanese and Korean ones each by itself. Of ASCII text the words that rouge-score finds."""
+WORD = regex.compile(rf"{UNSPACED.pattern}\p{{M}}*|(?:(?!{UNSPACED.pattern})[\p{{L}}\p{{N}}]\p{{M}}*)+")
+"""Letters and digits of any script with their marks (vowel signs, accents); where a script puts no blanks between words, each letter by
+itself. Of ASCII text the words that rouge-score finds."""
 
 
 class _Words:
@@ -68,22 +70,30 @@ def each_answer(answers: Sequence[str], references: Sequence[str], ended: Sequen
         measures[own.partition(":")[2]] = own_metric(own)
     pairs = list(zip(answers, references, strict=True))
     found = {name: np.array([measure(*pair) for pair in pairs], np.float64) for name, measure in measures.items()}
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            answer, reference = pairs[int(np.argmax(~np.isfinite(values)))]
+            raise RecipeError(f"evaluate.metric: {name} is no finite number for the answer {answer[:80]!r} to {reference[:80]!r}")
     return {**found, "stop_rate": np.array(ended, np.float64)}
 
 
-def report(each: Mapping[str, np.ndarray], answers: Sequence[str], references: Sequence[str], samples: int) -> dict[str, Any]:
+def report(
+    each: Mapping[str, np.ndarray], answers: Sequence[str], references: Sequence[str], samples: int, of: Sequence[str] | None = None
+) -> dict[str, Any]:
     """What test.json says about one model's answers; each measure with its interval. bleu and chrf: 0 to 100.
 
     BLEU (Papineni et al., 2002) and chrF (Popovic, 2015) are sacrebleu's with its default settings, of the whole set, and so is
-    their interval, which is symmetric about the mean of the resamples.
+    their interval, which is symmetric about the mean of the resamples. `of`: the conversation that each answer is from.
     """
-    means = {name: interval_of_ratio(values, np.ones(len(values)), samples) for name, values in each.items()}
+    means = {name: interval_of_ratio(values, np.ones(len(values)), samples, of=of) for name, values in each.items()}
     return {**means, **_of_the_whole(answers, references, samples), "n": len(references)}
 
 
-def difference(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], samples: int) -> dict[str, Interval]:
+def difference(
+    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], samples: int, of: Sequence[str] | None = None
+) -> dict[str, Interval]:
     """How much better tuned is than base on the same examples, by each measure of a single answer."""
-    return {name: gain(base[name], tuned[name], samples) for name in base}
+    return {name: gain(base[name], tuned[name], samples, of) for name in base}
 
 
 def _of_the_whole(answers: Sequence[str], references: Sequence[str], samples: int) -> dict[str, Interval]:

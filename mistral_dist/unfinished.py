@@ -53,10 +53,17 @@ def read(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _read(file: Path, fingerprint: str) -> Iterator[tuple[str, Any]]:
-    with open(file, encoding="utf-8") as stream:
-        first = stream.readline()
-        if not first.endswith("\n") or json.loads(first) != {"of": fingerprint}:
+    with open(file, encoding="utf-8", errors="replace") as stream:
+        if _whole(stream.readline()) != {"of": fingerprint}:
             return
         for line in stream:
-            if line.endswith("\n"):
-                yield from json.loads(line).items()
+            yield from _whole(line).items()
+
+
+def _whole(line: str) -> dict[str, Any]:
+    """What a line holds; nothing where a kill has torn it, or a machine that went down has left zeros: that is found again."""
+    try:
+        found = json.loads(line) if line.endswith("\n") else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -149,11 +149,17 @@ def start_evaluation(run: RunDirectory, words: Sequence[str] = (), asked: Topolo
 def start_prediction(run: RunDirectory, file: str, out: Path, words: Sequence[str] = (), asked: Topology = ANY) -> tuple[int, list[str]]:
     """Have the tuned model answer each row of a file, into `out`; how many were answered, and why the others were not.
 
-    Raises TrainingError with the reason where it failed.
+    Raises RunError where `out` is there already, MachineError where it cannot be written, TrainingError with the reason where it failed.
     """
     from mistral_dist.predict import unfinished_of
 
+    if out.exists():
+        raise RunError(f"--out: {out} is there already; name another file, or remove it")
     folder = unfinished_of(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"--out: {describe(error, out.name, out.parent)}; {remedy(error)} or name another file") from None
     _have_answered(run, evaluation_line(run.path, [file, str(out), *words], asked, "mistral_dist.predict"), folder, "answering")
     shutil.rmtree(folder, ignore_errors=True)
     with open(out, encoding="utf-8") as lines:

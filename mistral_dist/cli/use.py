@@ -112,7 +112,10 @@ def chat(
                     if not tuned:
                         console.print(f"[dim]{which}:[/dim]")
                     answer = session.reply([*turns, {"role": "user", "content": text}], session.printer(), which)
-                turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                if answer:
+                    turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                else:  # which no chat format takes as a turn
+                    say("the answer is empty, so the conversation goes on as if this had not been asked")
         except DataError as error:
             if message is not None:
                 raise

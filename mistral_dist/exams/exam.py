@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from mistral_dist.answers import Which
 from mistral_dist.data.example import from_record
 from mistral_dist.data.pack import best_fit
+from mistral_dist.errors import TrainingError
 
 Records = Sequence[Mapping[str, Any]]
 Answers = Mapping[Which, Mapping[int, Any]]
@@ -57,6 +60,20 @@ class Exam(Questions, Protocol):
 
     def mark(self, answers: Answers) -> Marked:
         """What all answers are worth."""
+
+
+def document_of(id: str) -> str:
+    """Of which document an example is a piece: those of a long text, or of an unrolled conversation, share it (data/fit.py)."""
+    return id.partition("-")[0]
+
+
+def refuse_nonfinite(answers: Answers, records: Records) -> None:
+    """Raise TrainingError where a model gave no number, which every comparison would take for an answer like any other."""
+    for which, found in answers.items():
+        bad = [index for index, numbers in found.items() if not np.isfinite(numbers).all()]
+        if bad:
+            first = f"the first is that from {records[bad[0]]['place']}"
+            raise TrainingError(f"the {which} model gives no finite likelihood for {len(bad):,} of {len(found):,} test examples; {first}")
 
 
 def rows_of(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ from mistral_dist import metrics
 from mistral_dist.answers import MODELS, label_row, label_scores, write_answers
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
-from mistral_dist.exams.exam import WORST, Answers, Lines, Marked, Records, by_length, rows_of, shown
+from mistral_dist.exams.exam import WORST, Answers, Lines, Marked, Records, by_length, refuse_nonfinite, rows_of, shown
 from mistral_dist.resampling import gain, mcnemar
 from mistral_dist.runtime.engine import Runtime
 
@@ -38,6 +38,7 @@ class Labels:
 
     def mark(self, answers: Answers) -> Marked:
         """The mistakes that the tuned model was most sure of are the worst."""
+        refuse_nonfinite(answers, self._records)
         everyone, labels = range(len(self._records)), self._recipe.task.labels
         given: Given = {which: [int(np.argmax(answers[which][index])) for index in everyone] for which in MODELS}
         scores = [{"id": self._records[index]["id"], **{which: answers[which][index] for which in MODELS}} for index in everyone]

@@ -9,9 +9,12 @@ from mistral_dist.answers import MODELS, losses
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.example import from_record
-from mistral_dist.exams.exam import WORST, Answers, Marked, Records, rows_of, shown
+from mistral_dist.exams.exam import WORST, Answers, Marked, Records, document_of, refuse_nonfinite, rows_of, shown
 from mistral_dist.resampling import interval_of_ratio
 from mistral_dist.runtime.engine import Runtime
+
+HUGE = 700.0
+"""A loss whose exponential a float can still hold."""
 
 
 class Losses:
@@ -22,6 +25,7 @@ class Losses:
     def __init__(self, recipe: Recipe, runtime: Runtime, encoder: Encoder, records: Records) -> None:
         self._device, self._encoder, self._records = runtime.device, encoder, records
         self._samples = recipe.evaluate.bootstrap_samples
+        self._documents = [document_of(record["id"]) for record in records]
         self.rows = rows_of([record["tokens"] for record in records], recipe.evaluate.max_tokens)
 
     def take(self, model: Any, row: Sequence[int]) -> list[Any]:
@@ -32,6 +36,7 @@ class Losses:
 
     def mark(self, answers: Answers) -> Marked:
         """Each target token counts once, as in training. The worst examples have the highest loss per target of their own."""
+        refuse_nonfinite(answers, self._records)
         targets = np.array([record["targets"] for record in self._records], np.float64)
         base, tuned = (np.array([answers[which][index] for index in range(len(targets))]) for which in MODELS)
         scores = [
@@ -43,12 +48,12 @@ class Losses:
         return Marked(
             self._measures(base, targets),
             self._measures(tuned, targets),
-            {"loss": interval_of_ratio(tuned - base, targets, self._samples)},
+            {"loss": interval_of_ratio(tuned - base, targets, self._samples, of=self._documents)},
             about={"targets": int(targets.sum())},
             scores=scores,
             worst=worst,
         )
 
     def _measures(self, summed: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-        loss = interval_of_ratio(summed, targets, self._samples)
-        return {"loss": loss, "perplexity": {name: float(np.exp(value)) for name, value in loss.items()}}
+        loss = interval_of_ratio(summed, targets, self._samples, of=self._documents)
+        return {"loss": loss, "perplexity": {name: float(np.exp(min(value, HUGE))) for name, value in loss.items()}}

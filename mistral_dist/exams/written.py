@@ -8,7 +8,7 @@ from mistral_dist.answers import MODELS, write_answers
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import Encoder
 from mistral_dist.data.example import from_record
-from mistral_dist.exams.exam import Answers, Marked, Records, by_length
+from mistral_dist.exams.exam import Answers, Marked, Records, by_length, document_of
 from mistral_dist.runtime.engine import Runtime
 
 
@@ -48,9 +48,9 @@ class Written(Writer):
         texts = {which: [answers[which][index][0] for index in asked] for which in MODELS}
         ended = {which: [answers[which][index][1] for index in asked] for which in MODELS}
         each = {which: text_metrics.each_answer(texts[which], references, ended[which], self._rules.metric) for which in MODELS}
-        samples = self._rules.bootstrap_samples
-        reports = {which: {"written": text_metrics.report(each[which], texts[which], references, samples)} for which in MODELS}
-        gained = text_metrics.difference(each["base"], each["tuned"], samples)
+        samples, of = self._rules.bootstrap_samples, [document_of(self._records[index]["id"]) for index in asked]
+        reports = {which: {"written": text_metrics.report(each[which], texts[which], references, samples, of)} for which in MODELS}
+        gained = text_metrics.difference(each["base"], each["tuned"], samples, of)
         predictions = [
             {
                 "id": self._records[index]["id"],

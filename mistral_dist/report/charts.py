@@ -1,5 +1,6 @@
 """Facts -> pictures, by plotly: zoomable, readable on light and on dark paper."""
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ POINTS = 1500
 """Of a curve at most: more than a screen has. Beyond that each is the mean of several steps."""
 SHARES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "exact_match", "rouge_l", "stop_rate")
 """Measures from 0 to 1 that are drawn."""
+EVENTS = 200
+"""Events that are marked in the curve of the loss, and listed; with more nothing else could be seen."""
 CELLS = 12
 """Labels of a confusion matrix whose counts are written into it; more would not be legible."""
 
@@ -46,9 +49,14 @@ def _loss(facts: Facts, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
     if validations:
         x, y = zip(*validations, strict=True)
         figure.add_scatter(x=x, y=y, mode="lines+markers", name="validation", line={"color": EXTRA})
-    for step, what in facts.events:
-        figure.add_vline(x=step, line={"color": BAD if "back to" in what or "not trained" in what else BASE, "width": 1, "dash": "dot"})
+    # all at once: plotly looks at every shape each time that one is added
+    figure.update_layout(shapes=[_mark(step, what) for step, what in facts.events[:EVENTS]])
     return _styled(figure, legend=bool(validations))
+
+
+def _mark(step: int, what: str) -> dict[str, Any]:
+    line = {"color": BAD if "back to" in what or "not trained" in what else BASE, "width": 1, "dash": "dot"}
+    return {"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "y domain", "line": line}
 
 
 def measures(test: Mapping[str, Any]) -> go.Figure | None:
@@ -74,14 +82,15 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figu
     """Rows: what it is; columns: what the model said. Coloured by the share of the row."""
     counts = np.array(matrix)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    columns = [*labels, *(["no label"] if counts.shape[1] > len(labels) else [])]
+    names = [_plain(label) for label in labels]
+    columns = [*names, *(["no label"] if counts.shape[1] > len(labels) else [])]
     cells = {"text": counts, "texttemplate": "%{text}"} if len(labels) <= CELLS else {}
     told = "is %{y}, said %{x}: %{customdata}<extra></extra>"
     scale = [[0, "rgba(59, 130, 246, 0.04)"], [1, "rgba(59, 130, 246, 0.9)"]]
     heat = go.Heatmap(
         z=shares,
         x=columns,
-        y=list(labels),
+        y=names,
         customdata=counts,
         zmin=0,
         zmax=1,
@@ -105,7 +114,7 @@ def splits(manifest: Mapping[str, Any]) -> go.Figure | None:
     figure = go.Figure()
     for split, colour in (("train", TUNED), ("validation", EXTRA), ("test", BASE)):
         counts = found.get(split, {})
-        figure.add_bar(x=list(counts), y=list(counts.values()), name=split, marker={"color": colour})
+        figure.add_bar(x=[_plain(label) for label in counts], y=list(counts.values()), name=split, marker={"color": colour})
     figure.update_layout(barmode="stack")
     return _styled(figure.update_xaxes(type="category"), legend=True)
 
@@ -116,7 +125,7 @@ def lengths(tokens: np.ndarray) -> go.Figure:
     return _styled(go.Figure(go.Bar(x=(edges[:-1] + edges[1:]) / 2, y=counts, width=np.diff(edges), marker={"color": TUNED})))
 
 
-def html(figure: go.Figure) -> str:
+def division(figure: go.Figure) -> str:
     """A division for a page that has plotly's script."""
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
@@ -149,6 +158,11 @@ def _thinned(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray
 
 def _is_share(name: str, value: Any) -> bool:
     return name in SHARES and is_interval(value)
+
+
+def _plain(label: str) -> str:
+    """As plotly shows it unchanged: it reads some tags of HTML."""
+    return html.escape(label, quote=False)
 
 
 def _words(name: str) -> str:

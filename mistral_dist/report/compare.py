@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from mistral_dist.config import leaves
-from mistral_dist.report.facts import Facts
+from mistral_dist.exams.exam import document_of
+from mistral_dist.report.facts import Facts, Line
 from mistral_dist.resampling import Interval, gain, interval_of_ratio, mcnemar
 
+Pairs = list[tuple[Line, Line]]
+"""What two runs say of each example."""
 UNSAID = ("run.dir", "data.dir", "model.path")
 """Where things lie, which is no difference."""
 SAMPLES = 2000
@@ -19,53 +22,77 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a run is than another on the same test examples."""
+    """What a run's measure is above another's on the same test examples."""
 
     measure: str
     interval: Interval
     n: int
-    """Examples."""
+    """Examples; documents, where these are cut into several."""
     p_value: float | None = None
     """Of McNemar's exact test, where answers are right or wrong."""
+    tests: int = 1
+    """How many are made at once: of 20 runs that are equal, one would look different by chance (Bonferroni)."""
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        is_better = (self.interval["value"] > 0) != (self.measure == "loss")
+        return ("better" if is_better else "worse") if self.is_real else "no difference for certain"
 
     @property
     def is_real(self) -> bool:
         """Whether it would be there with other test examples, as far as these can tell."""
         if self.p_value is not None:
-            return self.p_value < 0.05
+            return self.p_value * self.tests < 0.05
         # resamples of a few examples are all alike, and their interval far too narrow
         return self.n >= FEW and (self.interval["low"] > 0 or self.interval["high"] < 0)
 
 
 def differing_fields(runs: Sequence[Facts]) -> list[tuple[str, list[Any]]]:
-    """(field, its value in each run) of the recipes, where they are not all the same."""
-    recipes = [dict(leaves(facts.recipe.model_dump(mode="json"))) for facts in runs]
+    """(field, its value in each run) of the recipes, where they are not all the same; of `evaluate`, as it was evaluated last."""
+    recipes = [dict(leaves(facts.recipe.model_dump(mode="json"))) | _evaluated(facts) for facts in runs]
     names = sorted({name for recipe in recipes for name in recipe} - set(UNSAID))
     found = [(name, [recipe.get(name) for recipe in recipes]) for name in names]
     return [(name, values) for name, values in found if any(value != values[0] for value in values)]
 
 
-def difference(first: Facts, second: Facts) -> Difference | str:
-    """Of the second run's tuned model to the first's; or why they cannot be compared."""
+def _evaluated(facts: Facts) -> dict[str, Any]:
+    return {f"evaluate.{name}": value for name, value in ((facts.test or {}).get("evaluate") or {}).items()}
+
+
+def difference(first: Facts, second: Facts, tests: int = 1) -> Difference | str:
+    """Of the second run's tuned model to the first's, one of so many tests; or why they cannot be compared."""
     if first.test is None or second.test is None:
         return "not evaluated"
-    if first.test["task"] == "classification":
-        before, after = ({line["id"]: line for line in facts.evaluation("predictions")} for facts in (first, second))
-    else:
-        before, after = ({line["id"]: line for line in facts.evaluation("scores")} for facts in (first, second))
+    classifies = first.test["task"] == "classification"
+    before, after = (_lines(facts, "predictions" if classifies else "scores") for facts in (first, second))
+    if isinstance(before, str) or isinstance(after, str):
+        return before if isinstance(before, str) else str(after)
     if before.keys() != after.keys() or first.test["task"] != second.test["task"]:
         return "evaluated on other test examples"
-    if first.test.get("method") != second.test.get("method"):
+    pairs = [(before[id], after[id]) for id in before]
+    if classifies:
+        return _of_labels(first.test, second.test, pairs, tests)
+    return _of_losses(pairs, [document_of(id) for id in before], tests)
+
+
+def _lines(facts: Facts, name: str) -> dict[str, Line] | str:
+    found = {line["id"]: line for line in facts.evaluation(name)}
+    return found or f"evaluation/{name}.jsonl of {facts.name} is missing: evaluate it again"
+
+
+def _of_labels(first: Line, second: Line, pairs: Pairs, tests: int) -> Difference | str:
+    if first.get("method") != second.get("method"):
         return "evaluated in another way (evaluate.method)"
-    if any(before[id].get("label") != after[id].get("label") for id in before):
+    if any(one["label"] != other["label"] for one, other in pairs):
         return "evaluated on examples with other labels"
-    if first.test["task"] == "classification":
-        first_right, second_right = (
-            np.array([line["tuned"] == line["label"] for line in lines]) for lines in (before.values(), (after[id] for id in before))
-        )
-        return Difference("accuracy", gain(first_right, second_right, SAMPLES), len(before), mcnemar(first_right, second_right)["p_value"])
-    if any(before[id]["targets"] != after[id]["targets"] for id in before):
+    before, after = (np.array([pair[n]["tuned"] == pair[n]["label"] for pair in pairs]) for n in (0, 1))
+    return Difference("accuracy", gain(before, after, SAMPLES), len(pairs), mcnemar(before, after)["p_value"], tests)
+
+
+def _of_losses(pairs: Pairs, documents: list[str], tests: int) -> Difference | str:
+    if any(one["targets"] != other["targets"] for one, other in pairs):
         return "another tokenizer or format: the loss per token is not comparable"
-    targets = np.array([line["targets"] for line in before.values()], np.float64)
-    change = np.array([after[id]["tuned"] - line["tuned"] for id, line in before.items()])
-    return Difference("loss", interval_of_ratio(change, targets, SAMPLES), len(before))
+    targets = np.array([one["targets"] for one, _ in pairs], np.float64)
+    change = np.array([other["tuned"] - one["tuned"] for one, other in pairs])
+    return Difference("loss", interval_of_ratio(change, targets, SAMPLES, of=documents), len(set(documents)), tests=tests)

@@ -16,7 +16,6 @@ from mistral_dist.resampling import is_interval
 
 WORST, SAMPLES = 12, 8
 """Examples shown."""
-MEASURES = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss", "perplexity")
 
 
 def page(facts: Facts) -> str:
@@ -41,6 +40,7 @@ def page(facts: Facts) -> str:
         measures=charts.measures(test) if test else None,
         confusion=charts.confusion(test["labels"], test["tuned"]["confusion_matrix"]) if test and "labels" in test else None,
         verdict=_verdict(test),
+        events=facts.events[: charts.EVENTS],
         worst=facts.evaluation("worst")[:WORST],
         samples=[line for line in predictions if "reference" in line][:SAMPLES],
         commands=_commands(facts),
@@ -48,23 +48,26 @@ def page(facts: Facts) -> str:
 
 
 def comparison(runs: Sequence[Facts]) -> str:
-    """Several runs, each compared with the first."""
-    tests = [facts.test for facts in runs]
-    names = [name for name in MEASURES if any(test and name in test["tuned"] for test in tests)]
+    """Several runs, each compared with the first; those of one name are told apart by their paths."""
+    names = [facts.name for facts in runs]
+    names = [str(facts.run.path) if names.count(facts.name) > 1 else facts.name for facts in runs]
+    tuned = [{**facts.test["tuned"], **facts.test["tuned"].get("written", {})} if facts.test else {} for facts in runs]
+    known = {name: None for found in tuned for name, value in found.items() if is_interval(value) and not name.endswith("_micro")}
     return _render(
         "comparison.html",
-        title=" · ".join(facts.name for facts in runs),
+        title=" · ".join(names),
+        names=names,
         runs=runs,
         fields=differing_fields(runs),
-        rows=[(name.replace("_", " "), [_told(test["tuned"].get(name)) if test else "" for test in tests]) for name in names],
-        differences=[difference(runs[0], facts) for facts in runs[1:]],
+        rows=[(name.replace("_", " "), [_told(found.get(name)) for found in tuned]) for name in known],
+        differences=[difference(runs[0], facts, len(runs) - 1) for facts in runs[1:]],
     )
 
 
 def _render(template: str, **known: Any) -> str:
     loader = jinja2.PackageLoader("mistral_dist.report", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"chart": lambda figure: jinja2.utils.markupsafe.Markup(charts.html(figure)), "thousands": "{:,}".format}
+    environment.filters |= {"chart": lambda figure: jinja2.utils.markupsafe.Markup(charts.division(figure)), "thousands": "{:,}".format}
     return environment.get_template(template).render(plotly=jinja2.utils.markupsafe.Markup(get_plotlyjs()), **known)
 
 

@@ -58,6 +58,8 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     default_environment(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     default_environment(DS_LOG_LEVEL="error", BITSANDBYTES_NOWELCOME="1")
+    # a server that is away holds a step up for a minute, not for the ten of its defaults, which the other ranks would not wait for
+    default_environment(MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
     if not has_gpu():
         # DeepSpeed guesses its accelerator, with a warning, unless told
         default_environment(DS_ACCELERATOR="cpu")

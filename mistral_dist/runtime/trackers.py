@@ -1,7 +1,9 @@
 """Experiment trackers, through Accelerate: what metrics.jsonl says, for those who look at it elsewhere.
 
-A run is one run in each tracker, however often it is started: what it is called there is kept in trackers.json. A tracker that
-fails is left out from then on, which is said; metrics.jsonl has everything.
+A run is one run in each tracker, however often it is started: what it is called there is kept in trackers.json. Steps that are made
+again, since the run was killed or went back, are shown as they were made last by tensorboard; the others cannot take back what they
+have shown, so there the first showing stays, and no curve turns back. A tracker that fails is left out from then on, which is said;
+metrics.jsonl has everything.
 """
 
 import contextlib
@@ -30,13 +32,17 @@ class Trackers:
         """Nothing is started yet. `folder`: the run's, after which it is called; `recipe`: its fields, for the tracker to show."""
         self._names, self._folder, self._project, self._recipe, self._say = tuple(names), folder, project, recipe, say
         self._started: dict[str, Any] = {}
+        self._shown = 0.0
+        """Up to where the trackers show the run, as `journal.step_of` counts."""
 
-    def start(self, step: int) -> None:
-        """Begin, or go on after a step: what was shown of later ones is made again."""
+    def start(self, step: int, shown: float = 0.0) -> None:
+        """Begin, or go on after a step; the launch before this one got as far as `shown`, and the steps between are made again."""
         if not self._names:
             return
         file = self._folder / "trackers.json"
         known = read_json(file) or {}
+        # a launch that is killed before it is as far as the one before it has shown nothing new
+        self._shown = known["shown"] = max(known.get("shown", 0.0), shown)
         for name in self._names:
             with self._tolerant(name):
                 tracker, called = START[name](self, known.get(name), step)
@@ -48,15 +54,16 @@ class Trackers:
         with contextlib.suppress(OSError):  # a full disk: the next start begins another run there
             write_text(file, json.dumps(known, indent=2) + "\n")
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the numbers among these, as of a step."""
+    def log(self, step: int, values: Mapping[str, Any], after: float = 0.0) -> None:
+        """Show the numbers among these, as of a step; `after`: how much later than the step itself they were measured, in steps."""
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        is_new = step + after > self._shown
+        self._shown = max(self._shown, step + after)
         for name, tracker in list(self._started.items()):
             with self._tolerant(name):
-                if name == "wandb":  # its own count of steps cannot go back
-                    tracker.log({**numbers, "step": step})
-                else:
-                    tracker.log(numbers, step=step)
+                if name == "tensorboard" or is_new:
+                    # wandb has a count of its own, which a validation after a step would not move
+                    tracker.log({**numbers, "step": step}) if name == "wandb" else tracker.log(numbers, step=step)
 
     def go_back(self, step: int) -> None:
         """The run goes on after this step again."""

@@ -50,7 +50,7 @@ def test_labels_scored_in_one_row_as_each_alone(model: Any) -> None:
             ids = example.prompt + answer
             with torch.no_grad():
                 alone = -summed_loss(model, batch_of(Encoded(ids, list(range(len(example.prompt), len(ids))))))
-            torch.testing.assert_close(scores[n, label], alone, rtol=1e-5, atol=1e-5)
+            assert float(scores[n, label]) == pytest.approx(float(alone), rel=1e-5, abs=1e-5)
 
 
 def test_losses_are_each_examples_own(model: Any) -> None:

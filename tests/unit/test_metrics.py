@@ -28,13 +28,21 @@ def test_equal_to_scikit_learn(pairs: Pairs) -> None:
     found = metrics.summary(confusion)
     assert set(found) == set(metrics.MEASURES)
     assert float(found["accuracy"]) == pytest.approx(accuracy_score(truth, predicted), abs=1e-12)
+    seen = sorted({*truth, *predicted} - {CLASSES})  # what scikit-learn takes by itself
     for average in ("macro", "weighted", "micro"):
-        wanted = precision_recall_fscore_support(truth, predicted, labels=range(CLASSES), average=average, zero_division=0)
+        wanted = precision_recall_fscore_support(truth, predicted, labels=seen, average=average, zero_division=0)
         for name, value in zip(metrics.NAMES, wanted, strict=False):
             assert float(found[f"{name}_{average}"]) == pytest.approx(value, abs=1e-12), (name, average)
     each = precision_recall_fscore_support(truth, predicted, labels=range(CLASSES), average=None, zero_division=0)
     for name, values in zip(metrics.NAMES, each, strict=False):
         np.testing.assert_allclose(metrics.per_class(confusion)[name], values, atol=1e-12)
+
+
+def test_a_label_that_nobody_has_or_says_takes_nothing_from_the_mean() -> None:
+    confusion = np.array([[3, 0, 0], [0, 2, 0], [0, 0, 0]])
+    assert float(metrics.summary(confusion)["f1_macro"]) == 1.0
+    assert metrics.report(confusion, ["a", "b", "c"], samples=200)["f1_macro"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert float(metrics.summary(np.array([[3, 0, 0], [0, 1, 1], [0, 0, 0]]))["f1_macro"]) < 0.6, "c was said, and wrongly"
 
 
 def test_many_matrices_are_measured_at_once() -> None:

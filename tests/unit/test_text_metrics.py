@@ -37,6 +37,10 @@ def test_words_of_any_script_count() -> None:
     for text in ("Привет, мир!", "你好世界", "naïve café", "こんにちは 世界", "안녕하세요"):
         assert rouge(text, text) == 1
     assert rouge("你好世界", "你好人们") == 0.5
+    for one, other in (("की", "का"), ("สวัสดี", "สวัสดู"), ("كَتَبَ", "كُتِبَ"), ("cafe\u0301", "cafe")):
+        assert rouge(one, one) == 1
+        assert rouge(one, other) < 1, "marks tell words apart"
+    assert len(text_metrics.WORD.findall("हिन्दी में")) == 2
     assert text_metrics.WORD.findall("snake_case v2.0 中文abc") == ["snake", "case", "v2", "0", "中", "文", "abc"]
 
 

@@ -28,3 +28,6 @@ def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path: Path) -> None:
     assert read(tmp_path, "work") == {"a": 1}
     Unfinished(tmp_path, 0, "work", {"a": 1}).add({"c": 3})
     assert read(tmp_path, "work") == {"a": 1, "c": 3}
+    (damaged,) = (path for path in tmp_path.iterdir() if b'"a"' in path.read_bytes())
+    damaged.write_bytes(whole + b"\0" * 4096 + b'\n\xff\xfe\n[1]\n{"d": 4}\n')  # as a machine that went down may leave it
+    assert read(tmp_path, "work") == {"a": 1, "c": 3, "d": 4}
