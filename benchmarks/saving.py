@@ -1,14 +1,15 @@
-"""How much slower a step is while a checkpoint is being written.
+"""How much slower steps are while a checkpoint is being written.
 
-    python -m benchmarks.saving [--steps 40] [--rank 64]
+    python -m benchmarks.saving [--saves 6] [--rank 64]
 
 The demo's model (SmolLM2-135M in NF4, LoRA on all linear layers, 234 MB of adapter and moments at rank 64) on all cores of this
-machine. Steps take turns: one while the writer works, all through it or as long as it has something to do, and one without, once it has
-ended. So what the machine does beside hits both. Prints the medians, how much of a step the writer was at work, and what the steps waited
-for: gather and copy.
+machine. As in a training, steps go on while the writer works; the step in which it ends is not counted. Then as many steps are made
+without it, and so on by turns: each stretch beside a writer is compared with the mean of those before and after it, so that a machine
+that changes its speed does so on both sides. Prints the median of these ratios, and what the steps waited for: gather and copy.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -34,7 +35,7 @@ LIMIT = 1.05
 def main() -> None:
     """Print the figures; fail where a step is slower by more than 5 %."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--saves", type=int, default=6)
     parser.add_argument("--rank", type=int, default=64)
     words = parser.parse_args()
     quiet_libraries()
@@ -47,24 +48,22 @@ def main() -> None:
         run = RunDirectory(Path(folder) / "run")
         run.path.mkdir()
         saver = Saver(run, Checkpoint(save_total_limit=1), print)
-        for _ in range(3):
-            _step(runtime)
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        clocks = []
-        for number in range(1, words.steps + 1):
-            is_writing = number % 2 == 1
-            if is_writing:
-                started = time.perf_counter()
-                adapter, moments = runtime.gather_adapter(), runtime.gather_moments()
-                snapshot = Snapshot(Progress(number), adapter, peft_config, moments, {})
-                saver.start(snapshot, time.perf_counter() - started)
+        _steps(runtime, 3)
+        without, beside, clocks = [_steps(runtime, 10)], [], []
+        for number in range(1, words.saves + 1):
             started = time.perf_counter()
-            _step(runtime)
-            seconds[is_writing].append(time.perf_counter() - started)
-            if is_writing:
-                saver.finish()
-                clocks.append(saver.take_clocks()["save"])
-    _report(seconds, clocks, snapshot.bytes)
+            adapter, moments = runtime.gather_adapter(), runtime.gather_moments()
+            snapshot = Snapshot(Progress(number), adapter, peft_config, moments, {})
+            saver.start(snapshot, time.perf_counter() - started)
+            seconds = []
+            while saver.is_writing():
+                seconds += _steps(runtime, 1)
+            saver.finish()
+            clocks.append(saver.take_clocks()["save"])
+            beside.append(seconds[:-1] or seconds)
+            without.append(_steps(runtime, len(beside[-1])))
+            print(f"save {number}: {len(seconds)} steps beside it, {statistics.mean(beside[-1]):.3f} s each", flush=True)
+    _report(beside, without, clocks, snapshot.bytes)
 
 
 def _recipe(folder: Path, rank: int) -> Recipe:
@@ -73,23 +72,28 @@ def _recipe(folder: Path, rank: int) -> Recipe:
     return Recipe.load(folder / "r.yaml", [f"model.path={make_model()}", f"lora.r={rank}", "train.gradient_checkpointing=false"])
 
 
-def _step(runtime: Runtime) -> None:
-    ids = torch.randint(0, 30_000, (1, TOKENS), device=runtime.device)
-    runtime.set_learning_rate(1e-5)
-    with runtime.micro_step(1, 1, [TOKENS]):
-        runtime.backward(runtime.model(input_ids=ids, labels=ids).loss)
-    runtime.finish_step()
+def _steps(runtime: Runtime, number: int) -> list[float]:
+    """Seconds of each step."""
+    found = []
+    for _ in range(number):
+        started = time.perf_counter()
+        ids = torch.randint(0, 30_000, (1, TOKENS), device=runtime.device)
+        runtime.set_learning_rate(1e-5)
+        with runtime.micro_step(1, 1, [TOKENS]):
+            runtime.backward(runtime.model(input_ids=ids, labels=ids).loss)
+        runtime.finish_step()
+        found.append(time.perf_counter() - started)
+    return found
 
 
-def _report(seconds: dict[bool, list[float]], clocks: list[dict[str, float]], size: int) -> None:
-    median = {is_writing: statistics.median(of) for is_writing, of in seconds.items()}
-    # neighbours are compared, so that a machine that slows down for a while does so on both sides
-    ratio = statistics.median(a / b for a, b in zip(seconds[True], seconds[False], strict=False))
+def _report(beside: list[list[float]], without: list[list[float]], clocks: list[dict[str, float]], size: int) -> None:
+    alone = [statistics.mean([*before, *after]) for before, after in itertools.pairwise(without)]
+    ratios = [statistics.mean(seconds) / other for seconds, other in zip(beside, alone, strict=True)]
+    ratio = statistics.median(ratios)
     gather, write = (statistics.median(each[name] for each in clocks) for name in ("gather_seconds", "write_seconds"))
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    print(f"checkpoint of {size / 1e6:,.0f} MB, {threads}, {len(seconds[True])} pairs of steps")
-    print(f"step without a writer {median[False]:.3f} s, with one {median[True]:.3f} s, ratio {ratio:.3f}")
-    print(f"gather and copy {gather:.3f} s, writing {write:.2f} s: at work in {min(1.0, write / median[True]):.0%} of a step")
+    print(f"checkpoint of {size / 1e6:,.0f} MB, {torch.get_num_threads()} threads on {os.cpu_count()} cores, {sum(map(len, beside))} steps")
+    print(f"a step beside the writer takes {ratio:.3f} times as long ({', '.join(f'{one:.3f}' for one in sorted(ratios))})")
+    print(f"gather and copy {gather:.3f} s, writing {write:.1f} s, in which {statistics.median(map(len, beside)):.0f} steps are made")
     if ratio > LIMIT:
         raise SystemExit("a bar was missed")
 
