@@ -108,4 +108,7 @@ def _commands(facts: Facts) -> list[tuple[str, str]]:
         ("the same run again, elsewhere", f"mistral-dist train {recipe} run.dir={shlex.quote(str(facts.run.path) + '-again')}"),
         ("evaluate", f"mistral-dist evaluate {run}"),
         ("ask it", f"mistral-dist chat {run}"),
+        ("have it answer a file", f"mistral-dist predict {run} FILE --out OUT"),
+        ("serve it", f"mistral-dist serve {run}"),
+        ("a folder for any engine", f"mistral-dist export {run} OUT"),
     ]

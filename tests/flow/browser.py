@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,8 +15,6 @@ WATCH = """<script>addEventListener("load", () => setTimeout(() => {
   const charts = drawn.map((chart) => chart.getBoundingClientRect().width);
   document.title = JSON.stringify({charts, width: document.body.getBoundingClientRect().width, needed: document.body.scrollWidth});
 }, 500))</script>"""
-OWN = {"redirector.gvt1.com", "clients2.google.com", "accounts.google.com", "update.googleapis.com", "optimizationguide-pa.googleapis.com"}
-"""Hosts that the browser asks for dictionaries, the time, updates and accounts of its own."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Seen:
     complaints: list[str]
     """Lines of the console."""
     asked: list[str]
-    """Addresses beyond this machine that the page asked for."""
+    """Addresses that the page asked for."""
     charts: list[float]
     """Widths in pixels of those that were drawn."""
     width: float
@@ -57,8 +54,9 @@ def look(page: Path, folder: Path, width: int) -> Seen:
 
 
 def _asked(log: Path, page: Path) -> list[str]:
-    """The addresses in the browser's own record of its network, but for those of its own."""
+    """What the page asked for, by the browser's record of its network. What the browser itself asks (the time, updates, accounts, more
+    with each version) is begun by no page, which the record calls no origin."""
     text = log.read_text()
-    urls = set(re.findall(r'"url":"((?:https?|wss?)://[^"]*)"', text))
     assert str(page) in text, "the record is of this page"
-    return sorted(url for url in urls if urlsplit(url).hostname not in OWN)
+    begun = re.findall(r'"initiator":"([^"]*)".*?"url":"((?:https?|wss?)://[^"]*)"', text)  # an event is a line
+    return sorted({url for initiator, url in begun if initiator != "not an origin"})

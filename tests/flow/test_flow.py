@@ -218,7 +218,7 @@ def test_rows_of_a_file_are_answered_in_their_order_and_again_after_a_kill(train
     assert not (tmp_path / ".out.jsonl-unfinished").exists()
     done = mistral_dist(*words, "2")
     assert done.returncode == 2
-    assert f"--out: {out} is there already" in done.stderr, "nothing is written over"
+    assert f"{out} is there already" in " ".join(done.stderr.split()), "nothing is written over"
     again = [str(tmp_path / "again.jsonl") if word == str(out) else word for word in words]
     done = mistral_dist(*again, "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -227,6 +227,17 @@ def test_rows_of_a_file_are_answered_in_their_order_and_again_after_a_kill(train
     done = mistral_dist("predict", run, file)
     assert done.returncode == 2
     assert f"{file}:1: " in done.stderr and "can be asked" in done.stderr
+
+
+def test_what_a_page_asks_the_network_for_is_seen_and_what_it_complains_of(tmp_path: Path) -> None:
+    """Else the next test could not fail."""
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<title>{"charts": [], "width": 1, "needed": 1}</title><body><img src="http://127.0.0.1:9/x.png"><script>nothing()</script></body>'
+    )
+    seen = look(page, tmp_path, 600)
+    assert seen.asked == ["http://127.0.0.1:9/x.png"]
+    assert "nothing is not defined" in seen.complaints[0]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
