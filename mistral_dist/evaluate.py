@@ -115,7 +115,8 @@ def recipe_of(run: RunDirectory, overrides: Sequence[str] = (), choices: tuple[s
         raise RunError(f"{run.path}: no adapter yet; finish the training with `mistral-dist train` first")
     for word in overrides:
         if not word.startswith(choices):
-            raise RunError(f"{word}: is part of what was trained; here only {' '.join(choices).replace('=', '')} can be chosen")
+            free = " and ".join(f"{choice}*" if choice.endswith(".") else choice.removesuffix("=") for choice in choices)
+            raise RunError(f"{word}: is part of what was trained; here {free} can be overridden")
     return Recipe.load(run.path / "recipe.yaml", overrides)
 
 

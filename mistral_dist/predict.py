@@ -9,6 +9,7 @@ is wrong with it. On all ranks; a killed prediction goes on where it was. Starte
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mistral_dist.config import Recipe, Source, digest
 from mistral_dist.data import sources
 from mistral_dist.data.clean import tidy
 from mistral_dist.data.encode import Encoder, load_encoder
-from mistral_dist.data.example import BadRow, Example, Rejected
+from mistral_dist.data.example import Example, Rejected
 from mistral_dist.data.rows import read_question
 from mistral_dist.errors import FINISHED, DataError, MistralDistError
 from mistral_dist.evaluate import recipe_of, work_of
@@ -36,12 +37,21 @@ from mistral_dist.unfinished import Unfinished
 TUNED = MODELS[1:]
 
 
+@dataclass(frozen=True)
+class Unasked:
+    """A row that cannot be asked."""
+
+    place: str
+    because: str
+    """With the place."""
+
+
 def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out: Path) -> None:
     """Answer every row of a file, and write them to `out`. Raises DataError for a file that cannot be read, or asks nothing."""
     rows, folder = questions(recipe, file), unfinished_of(out)
     encoder = load_encoder(recipe)
     asked, prompts = _prompts(rows, encoder, recipe.data.max_length)
-    if not asked and isinstance(rows[0], BadRow):
+    if not asked and isinstance(rows[0], Unasked):
         raise DataError(f"{rows[0].because}; no row of {file} can be asked")
     texts = [{"text": row.text} if isinstance(row, Example) else {"text": ""} for row in rows]
     classifies = recipe.task.kind == "classification"
@@ -59,16 +69,16 @@ def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out:
         kept.discard()
 
 
-def questions(recipe: Recipe, file: str) -> list[Example | BadRow]:
+def questions(recipe: Recipe, file: str) -> list[Example | Unasked]:
     """What a file asks, row by row; columns are named as in the recipe's first source. Raises DataError where it cannot be read."""
     like = recipe.data.sources[0]
     source = Source(path=file, columns=like.columns, format=like.format)
-    found: list[Example | BadRow] = []
+    found: list[Example | Unasked] = []
     for row in sources.read(source):
         try:
             found.append(tidy(read_question(row, recipe.task, source), recipe.data)[0])
         except Rejected as bad:
-            found.append(BadRow(bad.reason, f"{row.place}: {bad.because}"))
+            found.append(Unasked(row.place, f"{row.place}: {bad.because}"))
     if not found:
         raise DataError(f"{file}: no rows")
     return found
@@ -79,7 +89,7 @@ def unfinished_of(out: Path) -> Path:
     return out.with_name(f".{out.name}-unfinished")
 
 
-def _prompts(rows: list[Example | BadRow], encoder: Encoder, max_length: int) -> tuple[list[int], dict[int, list[int]]]:
+def _prompts(rows: list[Example | Unasked], encoder: Encoder, max_length: int) -> tuple[list[int], dict[int, list[int]]]:
     """The indices of the rows that can be asked, and their prompts; what cannot is put in the row's place."""
     prompts: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -92,19 +102,19 @@ def _prompts(rows: list[Example | BadRow], encoder: Encoder, max_length: int) ->
             try:
                 prompt = encoder.prompt(turns, row.tools)
             except DataError as error:
-                rows[index] = BadRow("no_question", f"{row.place}: {error}")
+                rows[index] = Unasked(row.place, f"{row.place}: {error}")
                 continue
             if len(prompt) > max_length:
                 longest = f"data.max_length is {max_length:,}, the longest that was trained on"
-                rows[index] = BadRow("too_long", f"{row.place}: {len(prompt):,} tokens, {longest}; shorten it")
+                rows[index] = Unasked(row.place, f"{row.place}: {len(prompt):,} tokens, {longest}; shorten it")
             else:
                 prompts[index] = prompt
     return list(prompts), prompts
 
 
-def _line(row: Example | BadRow, answer: Any, recipe: Recipe) -> Mapping[str, Any]:
-    if isinstance(row, BadRow):
-        return {"error": row.because}
+def _line(row: Example | Unasked, answer: Any, recipe: Recipe) -> Mapping[str, Any]:
+    if isinstance(row, Unasked):
+        return {"place": row.place, "error": row.because}
     asked: dict[str, Any] = {"place": row.place, **({"messages": row.messages} if row.messages else {"text": row.text})}
     if recipe.task.kind != "classification":
         return {**asked, "answer": answer[0], "ended": answer[1]}

@@ -171,14 +171,17 @@ def _have_answered(run: RunDirectory, line: launcher.Line, folder: Path, doing: 
     """Start workers that keep in a folder how far they are, and why they failed. Raises TrainingError where they do not finish."""
     with _alone(folder, doing):
         _announce(line, run.log)
+        before = run.log.stat().st_size if run.log.is_file() else 0
         (folder / "failure.json").unlink(missing_ok=True)
         with answering(folder, doing) as tick:
             code = launcher.run(line, run.log, tick, say)
     failure = read_json(folder / "failure.json")
     if failure is not None:
         raise TrainingError(failure["message"], failure["exit_code"])
+    if code == STOPPED:
+        raise TrainingError(f"stopped while {doing}; what was found is kept: run the same command to go on", STOPPED)
     if code != 0:
-        _show_tail(run.log)
+        _show_tail(_since(run.log, before))
         raise TrainingError(f"{run.path}: ended while {doing}; its last words are above, all of them in {run.log}; run it again to go on")
 
 
@@ -231,10 +234,9 @@ def _announce(line: launcher.Line, log: Path) -> None:
     say(f"log: {log}", "dim")
 
 
-def _show_tail(log: Path) -> None:
+def _show_tail(log: str) -> None:
     """The last lines of a log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    say("\n".join(f"  {line}" for line in lines[-TAIL:]))
+    say("\n".join(f"  {line}" for line in log.splitlines()[-TAIL:]))
 
 
 def _since(log: Path, start: int) -> str:
@@ -267,7 +269,7 @@ def _ended(
     if status["state"] == "failed":
         if status["exit_code"] != FAILED:
             raise TrainingError(status["message"], status["exit_code"])
-        _show_tail(log)
+        _show_tail(_since(log, 0))
         told = status["message"] if seen is None or seen in status["message"] else f"{status['message']}. Seen from this node: {seen}"
         raise TrainingError(f"{run.path}: {told}. The last lines of the workers are above, all of them in {log}")
     say(f"{run.path}: {status['message']}, after {minutes(seconds)}")

@@ -14,7 +14,7 @@ import typer
 
 from mistral_dist.cli import before, during, use
 from mistral_dist.cli.words import app
-from mistral_dist.errors import FAILED, WRONG_INPUT, MistralDistError
+from mistral_dist.errors import FAILED, STOPPED, WRONG_INPUT, MistralDistError
 from mistral_dist.runtime.process import quiet_libraries
 
 __all__ = ["app", "before", "during", "main", "use"]
@@ -54,5 +54,5 @@ def main() -> None:
 
         from mistral_dist.display import errors
 
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"{'' if error.exit_code == STOPPED else '[red]error:[/red] '}{escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

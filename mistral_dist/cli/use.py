@@ -21,7 +21,7 @@ def evaluate(
     check: Annotated[bool, typer.Option("--check", help="Look at run, data and base, and leave")] = False,
 ) -> None:
     """Score base and tuned model on the held-out test split; writes RUN/evaluation/. Killed, it goes on where it was."""
-    from mistral_dist.display import console, evaluation_table
+    from mistral_dist.display import console, evaluation_table, say
     from mistral_dist.evaluate import held_out, recipe_of
     from mistral_dist.run import RunDirectory
     from mistral_dist.topology import Topology
@@ -30,7 +30,8 @@ def evaluate(
     run = RunDirectory(run_folder)
     recipe = recipe_of(run, overrides or [])
     if check:
-        held_out(recipe, run)
+        records, _, _ = held_out(recipe, run)
+        say(f"{run.path}: adapter, data and base are there; {len(records):,} test examples")
         raise typer.Exit(FINISHED)
     console.print(evaluation_table(start_evaluation(run, overrides or [], Topology(processes, gpus))))
 
@@ -69,13 +70,16 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="A run directory, or several to compare with the first")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to; default: RUN/report.html, of several comparison.html")] = None,
 ) -> None:
-    """Write one page, without a network: what was asked, how it went, what came of it; or how several runs differ."""
+    """Write one page, over an older one, without a network: what was asked, how it went, what came of it; or how several runs differ."""
     from mistral_dist.display import say
+    from mistral_dist.errors import RunError
     from mistral_dist.files import write_text
     from mistral_dist.report.facts import Facts
     from mistral_dist.report.page import comparison, page
     from mistral_dist.run import RunDirectory
 
+    if out is not None and out.suffix != ".html":  # a report is written over, and nothing else
+        raise RunError(f"--out: {out}: give the page a name that ends in .html")
     found = [Facts(RunDirectory(folder)) for folder in runs]
     for facts in found:
         facts.run.recipe()

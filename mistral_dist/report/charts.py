@@ -38,7 +38,7 @@ def curves(facts: Facts) -> list[tuple[str, go.Figure]]:
         at, values = _thinned(steps, key)
         if len(at):
             figure = go.Figure(go.Scatter(x=at, y=values * scale, mode="lines", line={"color": TUNED, "width": 1.5}))
-            found.append((title, _styled(figure.update_yaxes(rangemode="tozero"))))
+            found.append((title, _styled(figure.update_yaxes(rangemode="tozero").update_xaxes(title="step"))))
     return found
 
 
@@ -51,7 +51,7 @@ def _loss(facts: Facts, steps: Sequence[Mapping[str, Any]]) -> go.Figure:
         figure.add_scatter(x=x, y=y, mode="lines+markers", name="validation", line={"color": EXTRA})
     # all at once: plotly looks at every shape each time that one is added
     figure.update_layout(shapes=[_mark(step, what) for step, what in facts.events[:EVENTS]])
-    return _styled(figure, legend=bool(validations))
+    return _styled(figure.update_xaxes(title="step"), legend=bool(validations))
 
 
 def _mark(step: int, what: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figu
     names = [_plain(label) for label in labels]
     columns = [*names, *(["no label"] if counts.shape[1] > len(labels) else [])]
     cells = {"text": counts, "texttemplate": "%{text}"} if len(labels) <= CELLS else {}
-    told = "is %{y}, said %{x}: %{customdata}<extra></extra>"
+    told = "it is %{y}, it says %{x}: %{customdata}<extra></extra>"
     scale = [[0, "rgba(59, 130, 246, 0.04)"], [1, "rgba(59, 130, 246, 0.9)"]]
     heat = go.Heatmap(
         z=shares,
@@ -102,8 +102,8 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figu
     figure = go.Figure(heat)
     figure.update_xaxes(type="category")  # a label may look like a number, or a date
     figure.update_yaxes(type="category", autorange="reversed")
-    figure.update_layout(height=140 + 28 * min(len(labels), 26), xaxis_title="said", yaxis_title="is")
-    return _styled(figure, height=None)
+    figure.update_layout(height=140 + 28 * min(len(labels), 26), xaxis_title="it says", yaxis_title="it is")
+    return _styled(figure, height=None).update_xaxes(showgrid=False).update_yaxes(showgrid=False)
 
 
 def splits(manifest: Mapping[str, Any]) -> go.Figure | None:
@@ -122,7 +122,8 @@ def splits(manifest: Mapping[str, Any]) -> go.Figure | None:
 def lengths(tokens: np.ndarray) -> go.Figure:
     """How long the train examples are."""
     counts, edges = np.histogram(tokens, bins=min(60, max(1, int(tokens.max() - tokens.min()) + 1)))
-    return _styled(go.Figure(go.Bar(x=(edges[:-1] + edges[1:]) / 2, y=counts, width=np.diff(edges), marker={"color": TUNED})))
+    bars = go.Bar(x=(edges[:-1] + edges[1:]) / 2, y=counts, width=np.diff(edges), marker={"color": TUNED})
+    return _styled(go.Figure(bars).update_xaxes(title="tokens").update_yaxes(title="examples"))
 
 
 def division(figure: go.Figure) -> str:
@@ -136,7 +137,7 @@ def _styled(figure: go.Figure, legend: bool = False, height: int | None = 280) -
     figure.update_layout(modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": TUNED})
     figure.update_layout(**paper, font={"color": INK, "size": 12}, showlegend=legend, hovermode="x unified" if legend else "closest")
     if legend:
-        figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+        figure.update_layout(legend={"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0})
     if height is not None:
         figure.update_layout(height=height)
     figure.update_xaxes(gridcolor=LINE, zerolinecolor=LINE, automargin=True)

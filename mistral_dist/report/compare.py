@@ -37,7 +37,7 @@ class Difference:
     def verdict(self) -> str:
         """In a word or two."""
         is_better = (self.interval["value"] > 0) != (self.measure == "loss")
-        return ("better" if is_better else "worse") if self.is_real else "no difference for certain"
+        return ("better" if is_better else "worse") if self.is_real else "no difference shown"
 
     @property
     def is_real(self) -> bool:
@@ -77,8 +77,13 @@ def difference(first: Facts, second: Facts, tests: int = 1) -> Difference | str:
 
 
 def _lines(facts: Facts, name: str) -> dict[str, Line] | str:
-    found = {line["id"]: line for line in facts.evaluation(name)}
-    return found or f"evaluation/{name}.jsonl of {facts.name} is missing: evaluate it again"
+    file = facts.run.path / "evaluation" / f"{name}.jsonl"
+    try:
+        found = {line["id"]: line for line in facts.evaluation(name)}
+    except ValueError:
+        found = {}
+    there = f"{len(found):,} of the {facts.test['n']:,} examples that test.json counts" if facts.test else ""
+    return found if facts.test and len(found) == facts.test["n"] else f"{file} holds {there}; evaluate that run again"
 
 
 def _of_labels(first: Line, second: Line, pairs: Pairs, tests: int) -> Difference | str:

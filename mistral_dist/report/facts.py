@@ -16,6 +16,7 @@ from mistral_dist.checkpoint import written_with
 from mistral_dist.config import Recipe
 from mistral_dist.data.prepared import Prepared, read_manifest
 from mistral_dist.data.split import TRAIN
+from mistral_dist.errors import RunError
 from mistral_dist.files import read_json
 from mistral_dist.run import RunDirectory
 
@@ -74,7 +75,11 @@ class Facts:
     @cached_property
     def test(self) -> Line | None:
         """What the evaluation found; None where there was none."""
-        return read_json(self.run.path / "evaluation" / "test.json")
+        file = self.run.path / "evaluation" / "test.json"
+        try:
+            return read_json(file)
+        except RunError as error:
+            raise RunError(f"{error}, or evaluate again: mistral-dist evaluate {self.run.path}") from None
 
     def evaluation(self, name: str) -> list[Line]:
         """The lines of evaluation/NAME.jsonl: predictions, scores, worst."""

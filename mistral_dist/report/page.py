@@ -42,6 +42,7 @@ def page(facts: Facts) -> str:
         verdict=_verdict(test),
         events=facts.events[: charts.EVENTS],
         worst=facts.evaluation("worst")[:WORST],
+        wrong=len(facts.evaluation("worst")),
         samples=[line for line in predictions if "reference" in line][:SAMPLES],
         commands=_commands(facts),
     )
@@ -93,11 +94,11 @@ def _verdict(test: dict[str, Any] | None) -> str:
     name = "accuracy" if "accuracy" in test["base"] else "loss"
     gained = test["difference"][name]
     change = f"{name} {test['base'][name]['value']:.3f} → {test['tuned'][name]['value']:.3f} on {test['n']:,} held-out examples"
-    between = f"{gained['low']:+.3f} to {gained['high']:+.3f}"
+    between = f"{gained['value']:+.3f} [{gained['low']:+.3f}, {gained['high']:+.3f}]"
     p_value = test["difference"].get("mcnemar", {}).get("p_value")
     if not Difference(name, gained, test["n"], p_value).is_real:
-        return f"{change}: no difference for certain, the 95 % interval of the change is {between}"
-    return f"{change}: a change of {between} (95 % interval)"
+        return f"{change}: no difference shown; with its 95 % interval the change is {between}"
+    return f"{change}: a change of {between}"
 
 
 def _commands(facts: Facts) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from mistral_dist.errors import FAILED, STOPPED, MachineError, RecipeError
+from mistral_dist.errors import STOPPED, MachineError, RecipeError
 from mistral_dist.runtime import process
 from mistral_dist.runtime.nodes import Nodes, interface
 
@@ -94,7 +94,7 @@ def threads_per_process(processes: int) -> int:
 
 def run(line: Line, log: Path, tick: Callable[[], None], say: Callable[[str], None], started: float | None = None) -> int:
     """Run a line to its end, its output in `log`; return its exit code (0 or not, see Accelerate), STOPPED where a stop came before
-    there were workers.
+    there were workers, or they are of those that are simply ended.
 
     `started`: when the user asked for it, on the monotonic clock; train.max_seconds counts from there. `tick` is called several
     times a second. A stop signal goes on to the workers, once, and `say` is told; they save and end by themselves.
@@ -138,9 +138,7 @@ def _wait(
     while agent.poll() is None:
         has_begun = has_begun or any(_is_worker(child, line) for child in _descendants(agent.pid))
         if stop.signal is not None:
-            if not line.saves:
-                return FAILED
-            if not has_begun:  # the agent waits for other nodes, which may take minutes
+            if not line.saves or not has_begun:  # without workers the agent waits for other nodes, which may take minutes
                 return STOPPED
             if not told:
                 told = True

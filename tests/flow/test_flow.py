@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,20 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained: Path, tmp_path: Path)
     assert found[index]["base"] == "transformers"
     before = [json.loads(line) for line in wanted.splitlines()]
     assert [line for n, line in enumerate(found) if n != index] == [line for n, line in enumerate(before) if n != index]
+
+
+def test_an_evaluation_that_is_stopped_says_how_it_goes_on(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir(trained), run)
+    words = [*COMMAND, "evaluate", str(run), "evaluate.max_tokens=300", "--processes", "1"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
+        wait_for(lambda: any(len(file.read_text().splitlines()) > 1 for file in run.glob("evaluation/unfinished-*.jsonl")))
+        started.send_signal(signal.SIGINT)
+        said, _ = started.communicate(timeout=60)
+    assert started.returncode == 85, said
+    assert "stopped while evaluating base and tuned; what was found is kept: run the same command to go on" in " ".join(said.split())
+    assert "error" not in said
+    wait_for(lambda: not workers(run))
 
 
 def test_labels_that_are_written_are_counted_as_such(trained: Path, tmp_path: Path) -> None:
