@@ -34,7 +34,7 @@ from tests.serving.server import Server, serving
 from tests.unit.test_export import exported, finished
 from tests.unit.test_mistral_format import PLAIN, SYSTEM, WEATHER, base, recipe, user
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(3600)]  # a busy machine takes several times the ten minutes of a quiet one
 
 CPU = torch.device("cpu")
 WORDS = 24
