@@ -90,11 +90,10 @@ def interval(found: dict[str, float]) -> str:
 
 
 def gained(before: Facts, after: Facts) -> str:
-    """By how much a run is better than another, in words."""
+    """By how much a run is better than another, or worse, in words."""
     found = difference(before, after)
     assert isinstance(found, Difference), found
-    verdict = "real" if found.is_real else "not to be told from chance"
-    return f"{interval(found.interval)} in accuracy, McNemar p = {found.p_value:.3g}: {verdict}"
+    return f"{found.verdict}, {interval(found.interval)} in accuracy (McNemar's exact test: p = {found.p_value:.2g})"
 
 
 def page(first: Facts, control: Facts, second: Facts, looked: Sequence[Row], topics: Sequence[str]) -> str:
@@ -127,9 +126,9 @@ sure of:
 
 {table(("topic", "said", "how sure", "definition"), worst)}
 
-The {WEAKEST} topics with the lowest F1 there ({", ".join(topics)}) get {MORE:,} more definitions. That run begins with the first one's
-adapter (`model.adapter`) and trains another epoch on the first rows and the new ones. An epoch more helps by itself, and so do
-more rows; the control does the same with {MORE:,} new definitions of any topic. On the same test examples,
+The {WEAKEST} topics with the lowest F1 there ({", ".join(topics)}) get {MORE:,} more definitions.
+That run begins with the first one's adapter (`model.adapter`) and trains another epoch on the first rows and the new ones. An epoch
+more helps by itself, and so do more rows; the control does the same with {MORE:,} new definitions of any topic. On the same test examples,
 
 - the control against the first run: {gained(first, control)};
 - the weakest topics' run against the first run: {gained(first, second)};
