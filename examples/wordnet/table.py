@@ -6,7 +6,7 @@
 1,600 definitions drawn from WordNet's 82,000, a 135M model, one epoch. The first run answers 500 others, on which the topics with the
 lowest F1 are found: the test examples are there to judge, not to choose by. Two runs then begin with the first one's adapter, and train
 another epoch on the same rows and 800 more: of those topics in the one, of any topic in the control. All are compared on the same test
-examples. Some 50 minutes on 2 cores; cut short, it goes on where it was.
+examples. An hour on 2 cores, 95 minutes on busy ones; cut short, it goes on where it was.
 """
 
 import argparse

@@ -192,3 +192,11 @@ def test_that_another_rank_has_failed_stays_in_the_status(run: RunDirectory) -> 
     one._tell_status()
     status = run.status() or {}
     assert (status["state"], status["exit_code"], status["message"]) == ("failed", 2, "x.jsonl:7: no JSON")
+
+
+def test_no_tracker_is_told_the_secrets_of_a_url(run: RunDirectory) -> None:
+    path = run.path.parent / "r.yaml"
+    path.write_text(RECIPE.replace("x.jsonl", '"https://me:PASSWORD@there.org/x.jsonl?X-Amz-Signature=SIGNATURE"'))
+    told = str(Session(Recipe.load(path), ALONE, run, FEED).trackers._recipe)
+    assert "there.org/x.jsonl" in told
+    assert "PASSWORD" not in told and "SIGNATURE" not in told

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mistral_dist import journal as module
 from mistral_dist.errors import MachineError
-from mistral_dist.journal import Journal
+from mistral_dist.journal import Journal, reached
 
 
 def steps_in(file: Path) -> list[int]:
@@ -190,3 +190,11 @@ def test_a_cut_reads_the_end_alone(file: Path) -> None:
     size = len(file.read_bytes())
     journal.cut_back(4990)
     assert size - file.stat().st_size == 10 * len('{"step": 5000, "loss": 0.1}\n')
+
+
+def test_how_far_a_file_reaches(file: Path) -> None:
+    assert reached(file) == 0
+    file.write_text('{"step": 1}\n' * 20_000 + '{"step": 7}\n{"step": 7, "eval": {}}\n{"step": 8')
+    assert reached(file) == 7.5, "the last whole line"
+    file.write_text('{"step": 3}\n\0\0\n')
+    assert reached(file) == 3, "not what a machine that went down has left"

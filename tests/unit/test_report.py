@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from mistral_dist.cli.use import report
 from mistral_dist.config import Recipe
+from mistral_dist.errors import RunError
 from mistral_dist.report import charts
 from mistral_dist.report.compare import Difference, difference, differing_fields
 from mistral_dist.report.facts import Facts
@@ -214,3 +216,14 @@ def test_runs_differ_in_what_was_asked_and_in_how_they_were_evaluated(run: Path,
     assert fields == {"lora.r": [4, 8], "evaluate.max_new_tokens": [fields["evaluate.max_new_tokens"][0], 7]}
     body = shown(comparison(of(run, other)))
     assert str(run) in body and str(other) in body, "two runs of one name are told apart"
+
+
+def test_a_report_is_written_over_a_report_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "notes.txt"
+    precious.write_text("mine")
+    with pytest.raises(RunError, match=r"notes\.txt: give the page a name that ends in \.html"):
+        report([run], out=precious)
+    assert precious.read_text() == "mine"
+    for _ in range(2):
+        report([run], out=tmp_path / "page.html")
+    assert "What came of it" in (tmp_path / "page.html").read_text()
