@@ -1,6 +1,6 @@
 """Scoring labels: all labels of an example in one row that computes its prompt once, against each label in a forward of its own.
 
-    python -m benchmarks.scoring RUN [--examples 60]
+    python -m benchmarks.scoring RUN [--examples 60] [evaluate.dtype=float32]
 
 RUN is a finished classification run, for instance runs/demo. The two ways take turns in one process, example by example of the test
 split, so that both see the same machine. Writes what it prints to build/scoring.json.
@@ -34,12 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--examples", type=int, default=60)
+    parser.add_argument("overrides", nargs="*", metavar="evaluate.FIELD=VALUE")
     asked = parser.parse_args()
     run = RunDirectory(asked.run)
-    recipe = recipe_of(run)
+    recipe = recipe_of(run, asked.overrides)
     records, _, encoder = held_out(recipe, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_tuned(recipe.model, run.adapter, device, "sdpa")
+    model = load_tuned(recipe.asked_model, run.adapter, device, "sdpa")
     examples = [encoder.candidates(record["text"]) for record in records[: asked.examples]]
     lengths = [len(one.prompt) + sum(len(answer) - 1 for answer in one.answers) for one in examples]
     capacity = max(recipe.evaluate.max_tokens, *lengths)
@@ -59,7 +60,7 @@ def main() -> None:
     found = {
         "examples": len(examples),
         "labels": len(recipe.task.labels),
-        "dtype": recipe.model.dtype,
+        "dtype": recipe.asked_model.dtype,
         "examples_per_second": {name: round(len(examples) / spent, 2) for name, spent in seconds.items()},
         "ratio": round(seconds["alone"] / seconds["together"], 2),
         "scores_apart_at_most": float(apart.max()),

@@ -22,7 +22,7 @@ class Chat:
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = load_encoder(recipe)
-        self.model = load_tuned(recipe.model, run.adapter, self.device, "sdpa")
+        self.model = load_tuned(recipe.asked_model, run.adapter, self.device, "sdpa")
 
     def classify(self, text: str, models: Sequence[Which] = MODELS) -> dict[str, dict[str, float]]:
         """Probability of each label, by model: the labels' likelihoods, normalised over the labels."""

@@ -42,7 +42,7 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> None:
     exams = exams_of(recipe, runtime, encoder, records)
     kept = Unfinished.of(run.path / "evaluation", work_of(recipe, run, prepared.fingerprint), runtime)
     # sdpa whatever training used: labels that share a prompt need a mask that flash-attn has no kernel for
-    model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
+    model = load_tuned(recipe.asked_model, run.adapter, runtime.device, "sdpa")
     answers = take_all(model, exams, MODELS, kept, runtime, run.path / "evaluation")
     if not runtime.is_main:
         return

@@ -60,7 +60,7 @@ def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out:
     )
     what = digest({"rows": [row.content if isinstance(row, Example) else row.because for row in rows]})
     kept = Unfinished.of(folder, work_of(recipe, run, what), runtime)
-    model = load_tuned(recipe.model, run.adapter, runtime.device, "sdpa")
+    model = load_tuned(recipe.asked_model, run.adapter, runtime.device, "sdpa")
     found = take_all(model, [exam], TUNED, kept, runtime, folder)[exam.name]["tuned"]
     if runtime.is_main:
         known = {index: found[n] for n, index in enumerate(asked)} if classifies else found

@@ -15,6 +15,9 @@ from mistral_dist.errors import CheckpointError
 
 POSITIONS = 2048
 """Target tokens that are compared at most; the distribution at each, over 32,768 tokens in float32, takes 131 kB."""
+TOKENS = 8192
+"""Tokens that are read for them at most, but for one example: a classifier's have two targets behind a long prompt, and each model reads
+them all (the demo's on two CPU cores: 10 s a model)."""
 SLICE = 256
 """Of those at once."""
 QUESTIONS = 32
@@ -61,12 +64,13 @@ class Questions:
         """`records`: of the validation split."""
         self._recipe, self._encoder = recipe, encoder
         self._records: list[dict[str, Any]] = []
-        left = POSITIONS
+        targets, tokens = POSITIONS, TOKENS
         for record in sorted(records, key=lambda record: record["id"]):
-            if left <= 0:
+            if self._records and (targets <= 0 or tokens < record["tokens"]):
                 break
             self._records.append(record)
-            left -= record["targets"]
+            targets -= record["targets"]
+            tokens -= record["tokens"]
         self._asked = self._records[:QUESTIONS]
 
     def __len__(self) -> int:

@@ -21,7 +21,6 @@ import pytest
 
 from mistral_dist.base_cache import fingerprint
 from mistral_dist.config import Recipe
-from mistral_dist.runtime.process import catches
 from tests import faults
 from tests.conftest import WriteRecipe
 from tests.dist.test_resume import assert_nobody_left, assert_same_run
@@ -151,19 +150,31 @@ def test_asked_while_loading_they_leave_with_what_there_was(recipe: Path, tmp_pa
     assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
 
 
+ASKED_AT_TORCH = """
+import os, signal, sys
+
+class Asked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("asked", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Asked())
+"""
+"""Python reads it before the program: a process that sends itself the signal at its `import torch`."""
+
+
 @pytest.mark.fault("a stop signal while a worker still imports its libraries", "stopped, exit code 85", zero=(0,))
 def test_asked_before_torch_is_imported_a_worker_stops_and_says_so(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(ASKED_AT_TORCH)
     words = [sys.executable, "-m", "mistral_dist.train", str(recipe), f"run.dir={run}"]
-    started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: catches(started.pid, signal.SIGTERM), started)
-        assert "libtorch" not in Path(f"/proc/{started.pid}/maps").read_text(), "the signal would come too late to show anything"
-        started.send_signal(signal.SIGTERM)
-        assert started.wait(120) == 85, started.communicate()[0]
-    finally:
-        kill(started.pid)
-        started.communicate()
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "asked" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 85, done.stdout + done.stderr
     assert_stopped(run, "on request (SIGTERM) while loading")
 
 

@@ -15,7 +15,7 @@ from mistral_dist.data.encode import Candidates, Encoded
 from mistral_dist.data.stream import Batch, collate
 from mistral_dist.hub import load_tokenizer
 from mistral_dist.loss import summed_loss
-from mistral_dist.model import build_trainable
+from mistral_dist.model import build_trainable, frozen_base
 
 CPU = torch.device("cpu")
 
@@ -51,6 +51,20 @@ def test_labels_scored_in_one_row_as_each_alone(model: Any) -> None:
             with torch.no_grad():
                 alone = -summed_loss(model, batch_of(Encoded(ids, list(range(len(example.prompt), len(ids))))))
             assert float(scores[n, label]) == pytest.approx(float(alone), rel=1e-5, abs=1e-5)
+
+
+def test_a_bfloat16_model_asked_in_float32_says_the_same_in_any_company(write_recipe: Callable[..., Path]) -> None:
+    examples = [Candidates(encoded(length, 1, length).ids.tolist(), [[21, 2], [22, 23, 2], [24, 25, 26, 2]]) for length in (90, 37, 61)]
+
+    def apart(dtype: str) -> float:
+        recipe = Recipe.load(write_recipe(), ["model.dtype=bfloat16", f"evaluate.dtype={dtype}"])
+        model = frozen_base(recipe.asked_model, CPU, "sdpa").eval()
+        together = label_scores(model, label_row(examples), 3, 3, CPU)
+        alone = torch.cat([label_scores(model, label_row([example]), 1, 3, CPU) for example in examples])
+        return float((together - alone).abs().max())
+
+    assert apart("float32") <= 1e-4
+    assert apart("auto") > 1e-3, "as in training"
 
 
 def test_losses_are_each_examples_own(model: Any) -> None:

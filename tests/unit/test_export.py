@@ -22,6 +22,7 @@ from mistral_dist.errors import CheckpointError, MachineError, RecipeError, RunE
 from mistral_dist.evaluate import recipe_of
 from mistral_dist.export import merge, verb
 from mistral_dist.export.forms import Form, form_named
+from mistral_dist.export.likeness import POSITIONS, TOKENS, Questions
 from mistral_dist.export.merge import Update, write_merged
 from mistral_dist.export.verb import Wish, export
 from mistral_dist.hub import load_tokenizer
@@ -196,6 +197,18 @@ def other_shapes(run: RunDirectory) -> Any:
     update = Update(run.adapter)
     update._added = {name: (first, second[:, :7]) for name, (first, second) in update._added.items()}
     return lambda _: update
+
+
+def test_the_questions_are_few_enough_also_where_prompts_are_long(run: RunDirectory) -> None:
+    """But always one."""
+
+    def asked(tokens: int, targets: int) -> int:
+        records = [{"id": f"{n:03}", "tokens": tokens, "targets": targets} for n in reversed(range(300))]
+        return len(Questions(run.recipe(), load_encoder(run.recipe()), records))
+
+    assert asked(tokens=100, targets=2) == TOKENS // 100
+    assert asked(tokens=20, targets=10) == -(-POSITIONS // 10)
+    assert asked(tokens=2 * TOKENS, targets=2) == 1
 
 
 def test_a_model_whose_logits_are_no_numbers_is_never_taken(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
