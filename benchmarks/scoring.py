@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--examples", type=int, default=60)
     parser.add_argument("overrides", nargs="*", metavar="evaluate.FIELD=VALUE")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     run = RunDirectory(asked.run)
     recipe = recipe_of(run, asked.overrides)
     records, _, encoder = held_out(recipe, run)
