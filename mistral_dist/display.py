@@ -139,7 +139,8 @@ def _add_measures(table: Table, measures: dict[str, tuple[Any, Any]]) -> None:
 def figures_table(rows: Sequence[Sequence[str]]) -> Table:
     """A head, then rows of a name and figures."""
     head, *lines = rows
-    table = Table(head[0])
+    table = Table()
+    table.add_column(head[0], no_wrap=True)  # where 80 columns are too few, headings take a second line, and no name is cut
     for name in head[1:]:
         table.add_column(name, justify="right")
     for line in lines:

@@ -17,7 +17,7 @@ POSITIONS = 2048
 """Target tokens that are compared at most; the distribution at each, over 32,768 tokens in float32, takes 131 kB."""
 TOKENS = 8192
 """Tokens that are read for them at most, but for one example: a classifier's have two targets behind a long prompt, and each model reads
-them all (the demo's on two CPU cores: 10 s a model)."""
+them all (the demo's 119 on two CPU cores: some 10 s a model)."""
 SLICE = 256
 """Of those at once."""
 QUESTIONS = 32
