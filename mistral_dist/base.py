@@ -262,13 +262,19 @@ def _kind(config: Any) -> Any:
 
 
 def open_checkpoint(model: Model, device: torch.device) -> Checkpoint | None:
-    """A base's files, tensor by tensor, with what would be quantized; None where the base is not laid out as expected."""
+    """A base's files, tensor by tensor, with what would be quantized; None where the base is not laid out as expected.
+
+    Raises ModelError for a file that is missing or damaged.
+    """
     dtype, path = compute_dtype(model, device), local_path(model)
     config = _config(model, path)
     if config is None:
         return None
     config.quantization_config = _settings(dtype).to_dict()
-    return _open(config, path, dtype, device)
+    try:
+        return _open(config, path, dtype, device)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({str(error).splitlines()[0]}); fetch or copy the base again") from None
 
 
 def _open(config: Any, path: Path, dtype: torch.dtype, device: torch.device) -> Checkpoint | None:

@@ -11,7 +11,7 @@ def model_card(recipe: Recipe, about: str, steps: int) -> str:
     return f"""---
 base_model: {recipe.model.name}
 library_name: peft
-tags: [lora, qlora, mistral-dist]
+tags: {tags(recipe)}
 ---
 
 # {recipe.run_dir.name}
@@ -25,6 +25,11 @@ A LoRA adapter for `{recipe.model.name}` (revision `{recipe.model.revision}`), t
 {publishable(recipe).dump().rstrip()}
 ```
 """
+
+
+def tags(recipe: Recipe) -> str:
+    """By which the hub finds it."""
+    return f"[lora, {'qlora, ' if recipe.model.quantization == 'nf4' else ''}mistral-dist]"
 
 
 def origin(card: str) -> tuple[int, str] | None:

@@ -10,6 +10,7 @@ from mistral_dist.answers import MODELS, Which, as_model, label_row, label_score
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.data.example import Message
+from mistral_dist.evaluate import refuse_another_base
 from mistral_dist.exams.labels import probabilities
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
@@ -22,6 +23,7 @@ class Chat:
         self.recipe = recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = load_encoder(recipe)
+        refuse_another_base(recipe.model, run)
         self.model = load_tuned(recipe.asked_model, run.adapter, self.device, "sdpa")
 
     def classify(self, text: str, models: Sequence[Which] = MODELS) -> dict[str, dict[str, float]]:

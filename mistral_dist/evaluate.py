@@ -17,8 +17,9 @@ from typing import Any
 
 from mistral_dist import text_metrics
 from mistral_dist.answers import MODELS
+from mistral_dist.base_cache import fingerprint
 from mistral_dist.checkpoint import content_of, load_progress, newest_good
-from mistral_dist.config import Recipe, digest
+from mistral_dist.config import Model, Recipe, digest
 from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.feed import has_held_out
 from mistral_dist.data.prepared import Prepared, open_prepared
@@ -27,6 +28,7 @@ from mistral_dist.errors import FINISHED, DataError, MistralDistError, RunError
 from mistral_dist.exams import exams_of
 from mistral_dist.exams.sitting import take_all
 from mistral_dist.files import write_text
+from mistral_dist.hub import local_path
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime.engine import Runtime
@@ -65,23 +67,42 @@ def evaluate(recipe: Recipe, runtime: Runtime, run: RunDirectory) -> None:
 def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], Prepared, Encoder]:
     """The test split of the very data that a run was trained on. All that can be looked at before a model is loaded.
 
-    Raises DataError where nothing was held out, RunError where the data were prepared anew since: what is held out now may have
-    been trained on.
+    Raises DataError where nothing was held out, RunError for another base, or where the data were prepared anew since: what is held
+    out now may have been trained on.
     """
     if recipe.data.streaming and not has_held_out(recipe.data):
         raise DataError("data.sources: a stream without a source of its own for the test (into: test); nothing was held out")
     if recipe.evaluate.metric is not None:
         text_metrics.own_metric(recipe.evaluate.metric)
     encoder = load_encoder(recipe)
+    refuse_another_base(recipe.model, run)
     prepared = open_prepared(recipe, encoder)
-    found = newest_good(run.checkpoints)  # there may be none any more
-    trained_beside = (load_progress(found)[1] if found is not None else run.status() or {}).get("held_out")
-    if trained_beside != prepared.fingerprint:
+    if _noted(run, "held_out") != prepared.fingerprint:
         raise RunError(f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew")
     records = list(prepared.split(TEST))
     if not records:
         raise DataError(f"{prepared.path}: its test split is empty; nothing was held out (data.test_fraction), so nothing can be said")
     return records, prepared, encoder
+
+
+def refuse_another_base(model: Model, run: RunDirectory) -> None:
+    """Raise RunError where the base on this machine is another, by the content of its files, than the one that a run was trained on.
+
+    `model`: as trained, but for its `path`.
+    """
+    then, now = _noted(run, "base"), fingerprint(model)
+    if then not in (None, now):
+        remedy = "put them back (model.path, or the hub's cache)"
+        raise RunError(
+            f"{run.path}: was trained on other files of the base {model.name} than those in {local_path(model)}: fingerprint {then} then,"
+            f" {now} now; {remedy}"
+        )
+
+
+def _noted(run: RunDirectory, fact: str) -> Any:
+    """What a run notes of what it was trained on; in its status alone where no checkpoint is left."""
+    found = newest_good(run.checkpoints)
+    return (load_progress(found)[1] if found is not None else run.status() or {}).get(fact)
 
 
 def work_of(recipe: Recipe, run: RunDirectory, data: str) -> str:

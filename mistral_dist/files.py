@@ -111,7 +111,7 @@ def publish(aside: Path, target: Path) -> None:
         old = aside_of(target)
         target.rename(old)
         aside.rename(target)
-    _sync_entry(target.parent)
+    sync_entry(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -138,12 +138,13 @@ def sync(folder: Path) -> None:
     """Have every byte of a folder on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            _sync_entry(path)
+            sync_entry(path)
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync_entry(path)
+        sync_entry(path)
 
 
-def _sync_entry(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Have a file's bytes on the disk, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -113,8 +113,11 @@ def fetch_model(model: Model) -> Path:
         raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); {_without_network('model.path')}") from None
 
 
-def upload(folder: Path, name: str, files: Sequence[str]) -> str:
-    """Put files of a folder into the repository `name`, a new one private; return its URL. Raises ModelError with URL and remedy."""
+def upload(folder: Path, name: str, files: Sequence[str], instead_of: Sequence[str]) -> str:
+    """Put files of a folder into the repository `name`, a new one private, instead of what matches patterns there; return its URL.
+
+    Raises ModelError with URL and remedy.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -125,6 +128,7 @@ def upload(folder: Path, name: str, files: Sequence[str]) -> str:
             repo_id=name,
             folder_path=folder,
             allow_patterns=[glob.escape(file) for file in files],
+            delete_patterns=list(instead_of),
             commit_message="Exported by mistral-dist",
         )
     except errors.HFValidationError:

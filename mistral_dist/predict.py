@@ -23,7 +23,7 @@ from mistral_dist.data.encode import Encoder, load_encoder
 from mistral_dist.data.example import Example, Rejected
 from mistral_dist.data.rows import read_question
 from mistral_dist.errors import FINISHED, DataError, MistralDistError
-from mistral_dist.evaluate import recipe_of, work_of
+from mistral_dist.evaluate import recipe_of, refuse_another_base, work_of
 from mistral_dist.exams.exam import Questions
 from mistral_dist.exams.labels import Labels, probabilities
 from mistral_dist.exams.sitting import take_all
@@ -48,6 +48,7 @@ class Unasked:
 
 def predict(recipe: Recipe, runtime: Runtime, run: RunDirectory, file: str, out: Path) -> None:
     """Answer every row of a file, and write them to `out`. Raises DataError for a file that cannot be read, or asks nothing."""
+    refuse_another_base(recipe.model, run)
     rows, folder = questions(recipe, file), unfinished_of(out)
     encoder = load_encoder(recipe)
     asked, prompts = _prompts(rows, encoder, recipe.data.max_length)

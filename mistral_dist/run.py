@@ -35,9 +35,9 @@ from mistral_dist.runtime import process
 from mistral_dist.runtime.nodes import Nodes
 
 PROGRESS = ("step", "steps", "checkpoint")
-BEGINNING = ("launches", "job", "held_out")
-"""What is told at the start of a launch; held_out: the fingerprint of the data that are kept from the training."""
 """Of a status; null where nothing is known of them yet."""
+BEGINNING = ("launches", "job", "base", "held_out")
+"""What is told at the start of a launch; base, held_out: the fingerprints of the base, and of the data that are kept from the training."""
 FREE_IT = "wait for it, stop it, or start another run with run.dir=..."
 State = Literal["running", "finished", "stopped", "failed"]
 STARTING = "starting"
@@ -87,7 +87,7 @@ class RunDirectory:
         return read_json(self.path / "status.json")
 
     def set_status(self, state: State, exit_code: int | None, message: str, **progress: Any) -> None:
-        """Replace status.json; step, steps, checkpoint, launches, job and held_out keep their values unless given. Works on a full disk.
+        """Replace status.json; PROGRESS and BEGINNING keep their values unless given. Works on a full disk.
 
         Raises OSError where the folder cannot be written, or may not because the lease has expired.
         """

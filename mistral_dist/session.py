@@ -347,7 +347,7 @@ class Session:
         self.run.closing.callback(self.trackers.close)
         launches = (self.run.status() or {}).get("launches", 0) + 1
         begins = {"step": self.progress.step, "steps": self.steps, "checkpoint": name_of(self.saved), "launches": launches}
-        self.run.set_status("running", None, "training", **begins, job=slurm.job(), held_out=self.feed.held_out)
+        self.run.set_status("running", None, "training", **begins, job=slurm.job(), base=self.base, held_out=self.feed.held_out)
 
     def _data_order(self, work: Work) -> list[str]:
         """The ids of the step's examples, slot by slot, as they went through the forward on whichever rank."""

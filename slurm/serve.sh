@@ -30,7 +30,9 @@ fi
 
 if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it runs as a job
     ${container[@]+"${container[@]}"} mistral-dist serve --check --host 0.0.0.0 "$@" || exit
-    if [[ -n "${SBATCH_GPUS_PER_NODE:-}" ]]; then export SBATCH_GPUS_PER_NODE="${SERVE_GPUS:-1}"; fi # not as many as a training takes
+    # not as many as a training takes
+    if [[ -n "${SBATCH_GPUS_PER_NODE:-}" ]]; then export SBATCH_GPUS_PER_NODE="${SERVE_GPUS:-1}"; fi
+    if [[ -n "${SBATCH_GRES:-}" ]]; then export SBATCH_GRES="${SBATCH_GRES%:[0-9]*}:${SERVE_GPUS:-1}"; fi
     if ! command -v sbatch >/dev/null; then echo "sbatch: not found; this is no machine from which SLURM takes jobs" >&2; exit 2; fi
     sbatch "$0" "$@" && exit
     echo "$0: sbatch did not take the job; account, partition, GPUs and time are named in $site (SBATCH_ACCOUNT=...) or to sbatch" >&2
@@ -38,6 +40,5 @@ if [[ "${0##*/}" != slurm_script ]]; then # the name that SLURM gives to what it
 fi
 
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node have two
-echo "http://$(hostname):$port/v1"
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 exec srun --export=ALL --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mistral-dist serve --host 0.0.0.0 --port "$port" "$@"

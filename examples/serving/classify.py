@@ -40,8 +40,11 @@ def probabilities(client: openai.OpenAI, model: str, turns: list[Any], answers: 
 def question(task: dict[str, Any], text: str) -> list[Any]:
     """The turns that ask for the label of a text."""
     prompt = task["prompt"].replace("{labels}", ", ".join(task["labels"])).replace("{text}", text)
-    system = [{"role": "system", "content": task["system"]}] if task["system"] else []
-    return [*system, {"role": "user", "content": prompt}]
+    if not task["system"]:
+        return [{"role": "user", "content": prompt}]
+    if not task["system_turn"]:  # the chat template would refuse one, or not show it
+        return [{"role": "user", "content": f"{task['system']}\n\n{prompt}"}]
+    return [{"role": "system", "content": task["system"]}, {"role": "user", "content": prompt}]
 
 
 def main() -> None:

@@ -135,23 +135,23 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet")],
     overrides: Overrides = None,
     form: Annotated[
-        str, typer.Option("--form", help="adapter, merged-bf16, merged-nf4, or best: what is most like the live adapter")
+        str, typer.Option("--form", help="adapter, merged-bf16, merged-nf4, or best: the merged one most like the live adapter")
     ] = "best",
     tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="The mean KL, in nats, above which a form is refused")] = 0.1,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Load whole models, one at a time, and compare them")] = True,
 ) -> None:
     """Write a folder that can be served: the adapter, or a whole model; and measure whether it is the model that was trained."""
     from mistral_dist.display import console, figures_table, say
-    from mistral_dist.evaluate import CHOICES, recipe_of
+    from mistral_dist.evaluate import recipe_of
     from mistral_dist.export.forms import form_named
-    from mistral_dist.export.verb import Wish
+    from mistral_dist.export.verb import Options
     from mistral_dist.export.verb import export as write
     from mistral_dist.run import RunDirectory
 
-    run, wish = RunDirectory(run_folder), Wish(form_named(form), tolerance, compare)
-    recipe = recipe_of(run, overrides or [], (*CHOICES, "model.dtype="))
+    run, options = RunDirectory(run_folder), Options(form_named(form), tolerance, compare)
+    recipe = recipe_of(run, overrides or [], ("model.path=", "model.dtype="))
     with console.status("reading the run") as status:
-        chosen, rows = write(run, recipe, out, wish, status.update)
+        chosen, rows = write(run, recipe, out, options, status.update)
     if rows:
         console.print(figures_table(rows))
     say(f"{out}: {chosen}")
@@ -188,7 +188,7 @@ def serve(
 ) -> None:
     """Serve a model to clients of the OpenAI API, on vLLM or `transformers serve`, with the prompts it was trained with."""
     from mistral_dist.display import say
-    from mistral_dist.serving.verb import Wish
+    from mistral_dist.serving.verb import Options
     from mistral_dist.serving.verb import serve as start_engine
 
-    start_engine([place, *(also or [])], Wish(engine, host, port, base, tuple(engine_args or [])), say, start=not check)
+    start_engine([place, *(also or [])], Options(engine, host, port, base, tuple(engine_args or [])), say, start=not check)

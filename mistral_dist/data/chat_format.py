@@ -87,7 +87,8 @@ class TemplateFormat:
         self._control = re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True))) or r"(?!)")
         self._pieces = Pieces(tokenizer)
         self._known: dict[str, list[int]] = {}
-        self._keeps_system = self._template_keeps_system()
+        self.keeps_system = self._template_keeps_system()
+        """Else a system turn's text stands before the first user turn, and a blank line between."""
         self._refuse_endless()
 
     @property
@@ -222,7 +223,7 @@ class TemplateFormat:
     def _seen(self, turns: Sequence[Message]) -> list[Message]:
         """The turns as a server hands them to the template."""
         turns = [as_served(turn) if len(turn) > 2 else turn for turn in turns]
-        if self._keeps_system or [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+        if self.keeps_system or [turn["role"] for turn in turns[:2]] != ["system", "user"]:
             return turns
         system, first, *rest = turns
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]

@@ -78,6 +78,23 @@ class Encoder:
         return self._format.file if isinstance(self._format, MistralFormat) else None
 
     @property
+    def calls_tools(self) -> bool:
+        """Whether conversations are encoded with a tokenizer of Mistral's own that has tokens for tool calls."""
+        return isinstance(self._format, MistralFormat) and self._format.knows_tools
+
+    @property
+    def keeps_system(self) -> bool:
+        """Whether a client sends a system turn as one; else its text stands before the first user turn, and a blank line between."""
+        return not isinstance(self._format, TemplateFormat) or self._format.keeps_system
+
+    @property
+    def begins_with(self) -> str:
+        """Of a plain text: the token that training put before it, where the tokenizer by itself would not; else nothing."""
+        begin = self._begin()
+        added = self.task.kind != "pretrain" or self.tokenizer.encode("a")[: len(begin)] == begin
+        return "" if added else str(self.tokenizer.bos_token)
+
+    @property
     def fingerprint(self) -> str:
         """Changes when anything changes that the ids depend on: tokenizer, format, task."""
         parts = [

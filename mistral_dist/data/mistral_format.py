@@ -52,7 +52,8 @@ class MistralFormat:
             raise ModelError(
                 f"{file}: its name does not tell its version; put the base's tokenizer.model.v3 beside it (`mistral-dist fetch`)"
             )
-        self._knows_tools = self._library.version.value != "v1"
+        self.knows_tools = self._library.version.value != "v1"
+        """Whether there are tokens for tools and calls."""
         instruct: Any = self._library.instruct_tokenizer
         self._memory = instruct.tokenizer = _Memory(self._tokenizer)
         # the library decodes each result for its debugging, a third of its time; the ids do not depend on it
@@ -127,7 +128,7 @@ class MistralFormat:
     def _tools(self, tools: Sequence[dict[str, Any]]) -> list[Any] | None:
         from mistral_common.protocol.instruct.tool_calls import Tool
 
-        if tools and not self._knows_tools:
+        if tools and not self.knows_tools:
             raise _without_tools()
         try:
             return [Tool.from_openai(tool) for tool in tools] or None
@@ -154,7 +155,7 @@ class MistralFormat:
             return messages.SystemMessage(content=content)
         if role == "user":
             return messages.UserMessage(content=content)
-        if not self._knows_tools and (role == "tool" or turn.get("tool_calls")):
+        if not self.knows_tools and (role == "tool" or turn.get("tool_calls")):
             raise _without_tools()
         if role == "tool":
             given = turn.get("tool_call_id") or (waiting[0] if waiting else "")

@@ -1,6 +1,7 @@
 """What lies beside the weights in an exported folder: all that an engine needs to ask the model as it was taught."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 import transformers
 
 from mistral_dist.base_cache import dtype_name
-from mistral_dist.card import publishable
-from mistral_dist.config import Recipe
+from mistral_dist.card import publishable, tags
+from mistral_dist.config import Model, Recipe
 from mistral_dist.data.encode import Encoder
 from mistral_dist.export.forms import FACTS, MEANS, SUMS, Form
 from mistral_dist.export.likeness import Likeness
@@ -44,13 +45,14 @@ def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -
 def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any], folder: Path) -> None:
     """README.md, and export.json with the same figures for programs.
 
-    `facts`: `name`; `origin` (steps and data, in words); `mistral_file`; `test` (what evaluation/test.json says, or None);
-    `examples` (how many were compared); `model` (MODEL, as exported); `answers` (of a classifier: each label's token ids, with the
-    one that ends it).
+    `facts`: `name`; `origin` (steps and data, in words); `licence` (of the base, or None); `model` (MODEL, as exported); `mistral_file`;
+    `tools` (whether that tokenizer has them); `test` (what evaluation/test.json says, or None); `examples` (how many were compared);
+    `asking` (how a client asks: `system_turn`, `begins_with`, and of a classifier `answers`, each label's token ids with the one that
+    ends it).
     """
     figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
     task = recipe.task.model_dump(mode="json", include={"kind", "labels", "prompt", "system"})
-    about = {"form": form, "model": facts["model"], "task": {**task, "answers": facts["answers"]}, "mistral_file": facts["mistral_file"]}
+    about = {"form": form, "task": {**task, **facts["asking"]}, **{key: facts[key] for key in ("model", "mistral_file", "tools")}}
     write_text(folder / FACTS, json.dumps({**about, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
     write_text(folder / "README.md", _card(recipe, form, likenesses, facts))
 
@@ -71,20 +73,20 @@ def rows(likenesses: Likenesses) -> list[tuple[str, ...]]:
     live = measured[0][1]
     lines = [("live adapter", "", "", f"{live.live_loss:.4f}", "", "", *((f"{live.live_accuracy:.3f}",) if classifies else ()))]
     for form, found in measured:
-        figures = (f"{found.kl:.2e}", f"{found.most_kl:.2e}", f"{found.loss:.4f}", f"{found.same_token:.1%}", f"{found.same_answer:.1%}")
+        figures = (f"{found.kl:.2e}", f"{found.max_kl:.2e}", f"{found.loss:.4f}", f"{found.same_token:.1%}", f"{found.same_answer:.1%}")
         lines.append((str(form), *figures, *((f"{found.accuracy:.3f}",) if classifies else ())))
     return [head, *lines]
 
 
 def _card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any]) -> str:
     library = "peft" if form is Form.ADAPTER else "transformers"
-    licence = _licence(recipe)
+    licence = facts["licence"]
     terms = f"`{licence}`" if licence else "see the base's page"
     return f"""---
 base_model: {recipe.model.name}
 library_name: {library}
 pipeline_tag: text-generation
-{f"license: {licence}{chr(10)}" if licence else ""}tags: [lora, {"qlora, " if recipe.model.quantization == "nf4" else ""}mistral-dist]
+{f"license: {licence}{chr(10)}" if licence else ""}tags: {tags(recipe)}
 ---
 
 # {facts["name"]}
@@ -96,7 +98,7 @@ This folder: **{form}**, {MEANS[form]}.
 {_compared(recipe, likenesses, facts["examples"])}{_measured(facts["test"])}
 ## How to ask it
 
-{_how_to_ask(recipe, facts["mistral_file"])}
+{_how_to_ask(recipe, facts["asking"], facts["mistral_file"])}
 
 ## Recipe
 
@@ -152,23 +154,34 @@ def _interval(found: dict[str, float]) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
-def _how_to_ask(recipe: Recipe, mistral_file: str | None) -> str:
+def _how_to_ask(recipe: Recipe, asking: dict[str, Any], mistral_file: str | None) -> str:
     task = recipe.task
-    turns = f"\n\n{_mistral_mode(mistral_file)}" if mistral_file else ""
-    system = f"Begin with a system turn: {json.dumps(task.system, ensure_ascii=False)}. " if task.system else ""
+    if task.kind == "pretrain":
+        begin = f", behind `{asking['begins_with']}`, which its tokenizer does not put there by itself" if asking["begins_with"] else ""
+        return f"It goes on with a text, as it is, without turns{begin}."
+    parts = []
+    if task.system:
+        where = "Begin with this system turn:" if asking["system_turn"] else "Begin the first user turn with this and a blank line:"
+        parts.append(f"{where}\n\n{_fenced(task.system)}")
     if task.kind == "classification":
         prompt = task.prompt.replace("{labels}", ", ".join(task.labels))
-        return f"{system}The user's turn is this, with the text in its place; the answer is one of the labels:\n\n```\n{prompt}\n```{turns}"
-    if task.kind == "pretrain":
-        return "It goes on with a text, as it is, without turns."
-    return f"{system}{turns.lstrip() or 'By the chat template of its tokenizer.'}"
+        parts.append(f"The user's turn is this, with the text in its place; the answer is one of the labels:\n\n{_fenced(prompt)}")
+    if mistral_file:
+        parts.append(_mistral_mode(mistral_file))
+    return "\n\n".join(parts) or "By the chat template of its tokenizer."
 
 
-def _licence(recipe: Recipe) -> str | None:
-    """As the base's own README says it; those of Mistral-7B are Apache-2.0."""
-    if recipe.model.name.startswith("mistralai/Mistral-7B-"):
+def _fenced(text: str) -> str:
+    """As it is, between fences that are longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
+def licence(model: Model) -> str | None:
+    """Of a base, as its own README says it; those of Mistral-7B are Apache-2.0."""
+    if model.name.startswith("mistralai/Mistral-7B-"):
         return "apache-2.0"
-    readme = local_path(recipe.model) / "README.md"
+    readme = local_path(model) / "README.md"
     if not readme.is_file():
         return None
     lines = readme.read_text(encoding="utf-8", errors="replace").splitlines()

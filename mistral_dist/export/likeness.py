@@ -1,6 +1,7 @@
 """How like a form is to the live adapter (the 4-bit base with the adapter on it), on validation examples: by token and by answer."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from mistral_dist.errors import CheckpointError
 
 POSITIONS = 2048
 """Target tokens that are compared at most; the distribution at each, over 32,768 tokens in float32, takes 131 kB."""
+AT_LEAST = 8
+"""Examples that are read, however long they are."""
 TOKENS = 8192
-"""Tokens that are read for them at most, but for one example: a classifier's have two targets behind a long prompt, and each model reads
+"""Tokens of more examples than that: a classifier's have two targets behind a long prompt, and each model reads
 them all (the demo's 119 on two CPU cores: some 10 s a model)."""
 SLICE = 256
 """Of those at once."""
@@ -27,7 +30,7 @@ ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Said:
+class Outputs:
     """What a model says to the examples."""
 
     logits: torch.Tensor
@@ -45,8 +48,8 @@ class Likeness:
     live_loss: float
     kl: float
     """Mean Kullback-Leibler divergence of the form's next-token distribution from the live adapter's, in nats."""
-    most_kl: float
-    most_logit: float
+    max_kl: float
+    max_logit_difference: float
     """The largest difference of two logits."""
     same_token: float
     """In which part of the places the likeliest next token is the same."""
@@ -60,13 +63,13 @@ class Likeness:
 class Questions:
     """Validation examples, those with the smallest ids, and what is asked of them."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, records: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, recipe: Recipe, encoder: Encoder, records: Iterable[dict[str, Any]]) -> None:
         """`records`: of the validation split."""
         self._recipe, self._encoder = recipe, encoder
         self._records: list[dict[str, Any]] = []
         targets, tokens = POSITIONS, TOKENS
-        for record in sorted(records, key=lambda record: record["id"]):
-            if self._records and (targets <= 0 or tokens < record["tokens"]):
+        for record in heapq.nsmallest(POSITIONS, records, key=lambda record: record["id"]):
+            if targets <= 0 or (tokens < record["tokens"] and len(self._records) >= AT_LEAST):
                 break
             self._records.append(record)
             targets -= record["targets"]
@@ -77,14 +80,14 @@ class Questions:
         return len(self._records)
 
     @torch.no_grad()
-    def ask(self, model: Any, device: torch.device) -> Said:
+    def ask(self, model: Any, device: torch.device) -> Outputs:
         """Every target's distribution, each example in a row of its own, and the answers. Raises CheckpointError for what is no number."""
         logits = torch.cat([self._logits(model, record, device) for record in self._records])[:POSITIONS]
         if not torch.isfinite(logits).all():
             raise CheckpointError("its logits are not finite on validation examples")
-        return Said(logits, self._answers(model, device))
+        return Outputs(logits, self._answers(model, device))
 
-    def compare(self, live: Said, form: Said) -> Likeness:
+    def compare(self, live: Outputs, form: Outputs) -> Likeness:
         """What lies between them."""
         targets = torch.cat([self._batch(record).targets for record in self._records])[:POSITIONS]
         parts = (_distances(*part) for part in zip(live.logits.split(SLICE), form.logits.split(SLICE), targets.split(SLICE), strict=True))
@@ -94,8 +97,8 @@ class Questions:
             loss=float(losses.mean()),
             live_loss=float(live_losses.mean()),
             kl=float(kl.mean()),
-            most_kl=float(kl.max()),
-            most_logit=float((live.logits - form.logits).abs().max()),
+            max_kl=float(kl.max()),
+            max_logit_difference=float((live.logits - form.logits).abs().max()),
             same_token=float(same.mean()),
             same_answer=_part_alike(live.answers, form.answers),
             accuracy=_part_alike(form.answers, right) if right else None,

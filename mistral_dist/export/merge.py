@@ -43,10 +43,10 @@ class Update:
         try:
             tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
             rank, alpha = settings["r"], settings["lora_alpha"]
+            self._added = {f"{found[1]}.weight": _factors(tensors, name, found[2]) for name in tensors if (found := FACTOR.fullmatch(name))}
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(f"{folder}: the adapter cannot be read ({error})") from None
         self.scaling: float = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        self._added = {f"{found[1]}.weight": _factors(tensors, name, found[2]) for name in tensors if (found := FACTOR.fullmatch(name))}
         self._replaced = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
         if 2 * len(self._added) + len(self._replaced) != len(tensors):
             raise CheckpointError(f"{folder}: holds tensors that are neither LoRA's factors nor whole layers; it cannot be merged here")

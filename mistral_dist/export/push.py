@@ -5,8 +5,15 @@ from pathlib import Path
 
 from mistral_dist import hub
 from mistral_dist.errors import CheckpointError, ModelError, RunError
-from mistral_dist.export.forms import SUMS
+from mistral_dist.export.forms import FACTS, SUMS
 from mistral_dist.files import sha256
+
+OURS = (
+    *("README.md", FACTS, SUMS, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*"),
+    *("tekken.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+)
+"""What an export may hold. Of an earlier one in the same repository, what is not among the new files is taken out: a loader that found
+an adapter beside a merged model would load the adapter."""
 
 
 def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) -> None:
@@ -17,7 +24,7 @@ def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) 
     sums = folder / SUMS
     if not sums.is_file():
         raise RunError(f"{folder}: no exported folder ({SUMS} is missing); `mistral-dist export RUN {folder}` makes one")
-    if name.count("/") != 1:
+    if name.count("/") != 1 or not all(name.split("/")):
         raise ModelError(f"{name}: is no name on the hub; give owner and model, as in me/{folder.resolve().name}")
     wanted = [line.partition("  ")[::2] for line in sums.read_text(encoding="utf-8").splitlines()]
     for digest, file in wanted:
@@ -26,8 +33,9 @@ def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) 
     files = [*(file for _, file in wanted), SUMS]
     for file in files:
         tell(f"{(folder / file).stat().st_size:>16,}  {file}")
+    tell("files of an earlier export that are none of these are taken out of the repository, others stay")
     tell("whoever sees the repository can read README.md and export.json: the recipe, with its prompts and with paths of this machine")
     if upload:
-        tell(f"{hub.upload(folder, name, files)}: {len(files)} files")
+        tell(f"{hub.upload(folder, name, files, instead_of=OURS)}: {len(files)} files")
     else:
         tell(f"{hub.endpoint()}/{name}: nothing was sent; --upload sends these {len(files)} files, to a private repository if it is new")

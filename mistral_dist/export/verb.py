@@ -7,7 +7,7 @@ aside and appears when it is whole.
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,13 @@ from mistral_dist.data.feed import has_held_out
 from mistral_dist.data.prepared import open_prepared
 from mistral_dist.data.split import VALIDATION
 from mistral_dist.errors import CheckpointError, DataError, MachineError, ModelError, RecipeError, RunError
+from mistral_dist.evaluate import refuse_another_base
 from mistral_dist.export import folder
 from mistral_dist.export.folder import Likenesses
 from mistral_dist.export.forms import Form, forms_of
-from mistral_dist.export.likeness import Questions, Said
+from mistral_dist.export.likeness import Outputs, Questions
 from mistral_dist.export.merge import Update, write_merged
-from mistral_dist.files import aside_of, asides_of, describe, read_json, remedy, sync
+from mistral_dist.files import aside_of, asides_of, describe, read_json, remedy, sync, sync_entry
 from mistral_dist.hub import free_bytes
 from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
@@ -40,18 +41,18 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wish:
+class Options:
     """What is asked for."""
 
     form: Form | None = None
-    """None: the one that is most like the live adapter."""
+    """None: the merged one that is most like the live adapter."""
     tolerance: float = 0.1
     """The mean KL, in nats, above which a form is refused."""
     compare: bool = True
     """Whether to load live adapter and form at all, which takes the memory of a whole model."""
 
 
-def export(run: RunDirectory, recipe: Recipe, out: Path, wish: Wish, tell: Tell) -> tuple[Form, list[tuple[str, ...]]]:
+def export(run: RunDirectory, recipe: Recipe, out: Path, options: Options, tell: Tell) -> tuple[Form, list[tuple[str, ...]]]:
     """Write a form of a finished run's model into the folder `out`, which must not be there.
 
     Returns which, and a table of what was measured, head first; empty where nothing was.
@@ -59,39 +60,42 @@ def export(run: RunDirectory, recipe: Recipe, out: Path, wish: Wish, tell: Tell)
     `tell` hears what is being done. Raises UserError for what can be mended, CheckpointError for a form that is not the model that was
     trained, MachineError, with the bytes that are needed and free, where the folder cannot be written.
     """
-    forms = _check(run, recipe, out, wish)
-    work = _Work.of(run, recipe, forms, wish, tell)
+    forms = _check(run, recipe, out, options)
+    work = _Work.of(run, recipe, forms, options, tell)
     written = {form: aside_of(out) for form in forms}
     try:
         with _writing(out):
             _make_room(work, out, written)
-        likenesses = work.make(written, compare=wish.compare)
-        form = min(likenesses, key=lambda form: likenesses[form].kl) if wish.form is None else wish.form
-        if wish.compare:
-            _refuse_another(form, likenesses, wish)
+        likenesses = work.make(written, compare=options.compare)
+        form = _best(likenesses) if options.form is None else options.form
+        if options.compare:
+            _refuse_another(form, likenesses, options)
         with _writing(out):
             folder.write_card(run.recipe(), form, likenesses, work.facts, written[form])
             folder.write_sums(written[form])
             sync(written[form])
             _refuse_existing(out)  # it was long ago that this was asked
             written[form].rename(out)
+            sync_entry(out.parent)
     finally:
         for aside in written.values():
             shutil.rmtree(aside, ignore_errors=True)
     return form, folder.rows(likenesses)
 
 
-def _check(run: RunDirectory, recipe: Recipe, out: Path, wish: Wish) -> tuple[Form, ...]:
+def _check(run: RunDirectory, recipe: Recipe, out: Path, options: Options) -> tuple[Form, ...]:
     """The forms to make."""
     forms = forms_of(recipe.model.quantization)
-    if wish.form is not None and wish.form not in forms:
-        raise RecipeError(f"--form {wish.form}: this run's base was not quantized (model.quantization=none); use one of {', '.join(forms)}")
-    if wish.form is None and not wish.compare:
+    if options.form is not None and options.form not in forms:
+        raise RecipeError(
+            f"--form {options.form}: this run's base was not quantized (model.quantization=none); use one of {', '.join(forms)}"
+        )
+    if options.form is None and not options.compare:
         raise RecipeError("--no-compare: chooses nothing; name the form with --form as well")
     _refuse_existing(out)
     if out.resolve().is_relative_to(run.path.resolve()):
         raise RunError(f"{out}: lies in the run, whose folders are written anew when it goes on; choose another folder")
-    return forms if wish.form is None else (wish.form,)
+    return forms if options.form is None else (options.form,)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -129,10 +133,11 @@ class _Work:
     """For the card."""
 
     @classmethod
-    def of(cls, run: RunDirectory, recipe: Recipe, forms: tuple[Form, ...], wish: Wish, tell: Tell) -> "_Work":
+    def of(cls, run: RunDirectory, recipe: Recipe, forms: tuple[Form, ...], options: Options, tell: Tell) -> "_Work":
         encoder, update = load_encoder(recipe), Update(run.adapter)
-        questions = Questions(recipe, encoder, _validation(recipe, encoder) if wish.compare else [])
-        if wish.compare and not len(questions):
+        refuse_another_base(recipe.model.model_copy(update={"dtype": run.recipe().model.dtype}), run)
+        questions = Questions(recipe, encoder, _validation(recipe, encoder) if options.compare else [])
+        if options.compare and not len(questions):
             raise DataError("data.validation_fraction: no validation examples to compare with; --no-compare writes a form all the same")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         base = _files(recipe.model, device) if forms != (Form.ADAPTER,) else None
@@ -145,7 +150,13 @@ class _Work:
             "examples": len(questions),
             "mistral_file": encoder.mistral_file and encoder.mistral_file.name,
             "model": recipe.model.model_dump(mode="json", include=set(folder.MODEL)),
-            "answers": dict(zip(recipe.task.labels, encoder.candidates("").answers, strict=True)) if recipe.task.labels else {},
+            "licence": folder.licence(recipe.model),
+            "tools": encoder.calls_tools,
+            "asking": {
+                "system_turn": encoder.keeps_system,
+                "begins_with": encoder.begins_with,
+                "answers": dict(zip(recipe.task.labels, encoder.candidates("").answers, strict=True)) if recipe.task.labels else {},
+            },
         }
         return cls(recipe, encoder, questions, device, tell, run.adapter, base, update, facts)
 
@@ -179,7 +190,7 @@ class _Work:
         model.generation_config = transformers.GenerationConfig()
         return model.eval()
 
-    def _ask(self, name: str, load: Callable[[], Any]) -> Said:
+    def _ask(self, name: str, load: Callable[[], Any]) -> Outputs:
         self.tell(f"asking {name}")
         try:
             return self.questions.ask(load(), self.device)
@@ -210,11 +221,16 @@ def _origin(run: RunDirectory) -> str:
     return f" for {found[0]:,} steps on {found[1]}" if found is not None else ""
 
 
-def _validation(recipe: Recipe, encoder: Encoder) -> list[dict[str, Any]]:
+def _best(likenesses: Likenesses) -> Form:
+    """Of the merged forms: the adapter alone is no model yet, and on a base that was not quantized the live one itself."""
+    return min((form for form in likenesses if form is not Form.ADAPTER), key=lambda form: likenesses[form].kl)
+
+
+def _validation(recipe: Recipe, encoder: Encoder) -> Iterable[dict[str, Any]]:
     """The validation examples; none of a stream that has no source of its own for them."""
     if recipe.data.streaming and not has_held_out(recipe.data):
         return []
-    return list(open_prepared(recipe, encoder).split(VALIDATION))
+    return open_prepared(recipe, encoder).split(VALIDATION)
 
 
 def _files(model: Model, device: torch.device) -> Checkpoint:
@@ -239,12 +255,12 @@ def _writing(place: Path) -> Iterator[None]:
         raise MachineError(f"{describe(error, 'the export', place.parent)}; {remedy(error)} and run the same command again") from error
 
 
-def _refuse_another(form: Form, likenesses: Likenesses, wish: Wish) -> None:
+def _refuse_another(form: Form, likenesses: Likenesses, options: Options) -> None:
     kl = likenesses[form].kl
-    if not kl <= wish.tolerance:
+    if not kl <= options.tolerance:
         found = ", ".join(f"{each} {likeness.kl:.3g}" for each, likeness in likenesses.items())
-        best = "" if wish.form is None else "use --form best, or "
+        best = "" if options.form is None else "use --form best, or "
         raise CheckpointError(
-            f"{form}: is not the model that was trained (mean KL in nats: {found}; at most {wish.tolerance:g});"
+            f"{form}: is not the model that was trained (mean KL in nats: {found}; at most {options.tolerance:g});"
             f" {best}take it as it is with --tolerance {kl * 1.1:.2g}"
         )

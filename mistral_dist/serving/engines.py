@@ -42,7 +42,7 @@ def _vllm(executable: str, models: Sequence[Served], host: str, port: int) -> li
     # the base's own defaults (a penalty, a temperature) are not those of the evaluation; Mistral's second copy of the weights is not read
     words += ["--dtype", first.dtype, "--config-format", "hf", "--generation-config", "vllm", "--override-generation-config", GREEDY]
     words += ["--tokenizer-mode", "mistral" if first.mistral_common else "hf", "--shutdown-timeout", str(PATIENCE_SECONDS)]
-    if first.mistral_common:
+    if first.tools:  # without tokens for them vLLM would not start
         words += ["--enable-auto-tool-choice", "--tool-call-parser", "mistral"]
     if first.trust_remote_code:
         words += ["--trust-remote-code"]

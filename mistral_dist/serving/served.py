@@ -35,6 +35,8 @@ class Served:
     """Of the adapter's matrices."""
     mistral_common: bool = False
     """Whether mistral-common encoded its conversations, and its file lies beside the weights."""
+    tools: bool = False
+    """Whether that tokenizer has tokens for tool calls."""
     quantized: bool = False
     """Whether the adapter was trained on a 4-bit base, which is not the base that an engine loads."""
     trust_remote_code: bool = False
@@ -55,33 +57,41 @@ def open_served(place: Path, base: Path | None = None) -> Served:
     recipe = run.recipe()
     if not (run.adapter / ADAPTER).is_file():
         raise RunError(f"{place}: has no adapter yet; `mistral-dist status {place}` says how it stands")
-    return _adapter(place, run.adapter, recipe.model, base, mistral_common=load_encoder(recipe).mistral_file is not None)
+    found = recipe.model.model_copy(update={"path": str(_base(recipe.model, base))})
+    encoder = load_encoder(recipe.model_copy(update={"model": found}))
+    return _adapter(place, run.adapter, found, base, mistral_common=encoder.mistral_file is not None, tools=encoder.calls_tools)
 
 
 def _exported(place: Path, facts: dict[str, Any], base: Path | None) -> Served:
     try:
-        form, model, mistral_common = Form(facts["form"]), Model.model_validate(facts["model"]), bool(facts["mistral_file"])
+        form, model = Form(facts["form"]), Model.model_validate(facts["model"])
+        mistral_common, tools = bool(facts["mistral_file"]), bool(facts["tools"])
     except (KeyError, ValueError):
         raise RunError(f"{place / FACTS}: not what this version of `mistral-dist export` writes; export the run again") from None
     if form is Form.ADAPTER:
-        return _adapter(place, place, model, base, mistral_common=mistral_common)
+        return _adapter(place, place, model, base, mistral_common=mistral_common, tools=tools)
+    if base is not None:
+        raise RunError(f"--base: {place} is a whole model, which needs none; leave it out")
     name, code = _name(place), model.trust_remote_code
-    return Served(name, place, name, dtype_name(model), mistral_common=mistral_common, trust_remote_code=code)
+    return Served(name, place, name, dtype_name(model), mistral_common=mistral_common, tools=tools, trust_remote_code=code)
 
 
-def _adapter(place: Path, folder: Path, model: Model, base: Path | None, *, mistral_common: bool) -> Served:
-    config = read_json(folder / ADAPTER) or {}
+def _adapter(place: Path, folder: Path, model: Model, base: Path | None, *, mistral_common: bool, tools: bool) -> Served:
+    config = read_json(folder / ADAPTER)
+    if config is None:
+        raise RunError(f"{folder / ADAPTER}: is missing; export the run again")
     if config.get("modules_to_save"):
         whole = ", ".join(config["modules_to_save"])
         raise ModelError(f"{folder}: trained {whole} whole, which no engine loads as an adapter; export it with --form merged-nf4")
     return Served(
-        _name(place),
-        _base(model, base),
-        model.name,
-        dtype_name(model),
-        folder,
-        int(config["r"]),
-        mistral_common,
+        name=_name(place),
+        weights=_base(model, base),
+        weights_name=model.name,
+        dtype=dtype_name(model),
+        adapter=folder,
+        rank=int(config["r"]),
+        mistral_common=mistral_common,
+        tools=tools,
         quantized=model.quantization != "none",
         trust_remote_code=model.trust_remote_code,
     )

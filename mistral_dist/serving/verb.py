@@ -18,6 +18,8 @@ from mistral_dist.serving.served import Served, open_served
 
 KEY = "VLLM_API_KEY"
 """The variable from which vLLM takes the key that a client must send; never a word of a command, which all users of a machine can see."""
+EVERYWHERE = ("0.0.0.0", "::")
+"""All of a machine's addresses."""
 QUIET = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 """What is served lies on this machine: the engine need not ask a hub, nor tell anyone."""
 GUARD = Path(__file__).parent / "guard"
@@ -28,7 +30,7 @@ OURS = {"host": BEFORE, "port": BEFORE, "api-key": f"set {KEY}", "uds": "leave i
 
 
 @dataclass(frozen=True)
-class Wish:
+class Options:
     """How it is to be served."""
 
     engine: str = Engine.VLLM
@@ -41,21 +43,22 @@ class Wish:
     """The engine's own, behind ours, so that they win."""
 
 
-def serve(places: Sequence[Path], wish: Wish, tell: Callable[[str], None], *, start: bool = True) -> None:
+def serve(places: Sequence[Path], options: Options, tell: Callable[[str], None], *, start: bool = True) -> None:
     """Become the engine, on one model or on several adapters of one base; `start=False` tells its command and returns.
 
     Raises UserError for all that can be seen before an engine is started.
     """
-    engine = _engine(wish.engine)
-    _check_arguments(wish.engine_args)
-    _check_key(engine, wish.host)
-    models = [open_served(place, wish.base) for place in places]
+    engine = _engine(options.engine)
+    _check_arguments(options.engine_args)
+    _check_key(engine, options.host)
+    models = [open_served(place, options.base) for place in places]
     key = engine is Engine.VLLM and bool(process.environment(KEY))
-    words = [*command(engine, _executable(engine, wish.engine), models, wish.host, wish.port, key=key), *wish.engine_args]
+    words = [*command(engine, _executable(engine, options.engine), models, options.host, options.port, key=key), *options.engine_args]
     for line in (*_notes(models), f"$ {shlex.join(words)}"):
         tell(line)
     if start:
-        _check_port(wish.host, wish.port)
+        _check_port(options.host, options.port)
+        tell(_address(options.host, options.port))
         path = os.pathsep.join(filter(None, (str(GUARD), process.environment("PYTHONPATH"))))
         process.become(words, {"PYTHONPATH": path} if key else {}, **QUIET)
 
@@ -87,8 +90,9 @@ def _check_arguments(words: Sequence[str]) -> None:
         raise RecipeError(f"{words[0]}: one model is served; another adapter of the same base with --also {words[0]}")
     for word in words:
         name = word.partition("=")[0].lstrip("-").replace("_", "-")
-        if word.startswith("--") and name in OURS:
-            raise RecipeError(f"--{name}: not as an engine's argument; {OURS[name]}")
+        ours = next((full for full in OURS if name and full.startswith(name)), None)  # engines take abbreviations
+        if word.startswith("--") and ours is not None:
+            raise RecipeError(f"--{name}: not as an engine's argument; {OURS[ours]}")
 
 
 def _check_key(engine: Engine, host: str) -> None:
@@ -105,6 +109,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _address(host: str, port: int) -> str:
+    """Where clients find it; of all of a machine's addresses, its name."""
+    if host in EVERYWHERE:
+        host = socket.gethostname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def _check_port(host: str, port: int) -> None:

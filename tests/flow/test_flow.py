@@ -75,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_model: Path, texts: 
 def test_the_run_directory_is_as_the_contract_says(trained: Path) -> None:
     run = run_dir(trained)
     found = status(run)
-    assert set(found) == {"state", "exit_code", "message", "step", "steps", "checkpoint", "launches", "job", "held_out", "updated"}
+    assert set(found) == {"state", "exit_code", "message", "step", "steps", "checkpoint", "launches", "job", "base", "held_out", "updated"}
     assert (found["launches"], found["job"]) == (1, None), "started once, not by SLURM"
     assert (found["state"], found["exit_code"], found["step"], found["checkpoint"]) == ("finished", 0, 30, "checkpoint-30")
     assert set(lines(run / "metrics.jsonl")[0]) == {

@@ -5,6 +5,7 @@ The yardstick is transformers with the same form in float32: same greedy text, s
 
 import http.client
 import json
+import re
 import shutil
 import socket
 import urllib.error
@@ -29,7 +30,7 @@ from mistral_dist.model import load_tuned
 from mistral_dist.run import RunDirectory
 from mistral_dist.runtime import process
 from tests.conftest import LABELS, WriteRecipe
-from tests.launch import mistral_dist, train
+from tests.launch import mistral_dist, train, wait_for
 from tests.serving.server import Server, serving
 from tests.unit.test_export import exported, finished
 from tests.unit.test_mistral_format import PLAIN, SYSTEM, WEATHER, base, recipe, user
@@ -214,26 +215,44 @@ def test_the_servers_prompt_is_that_of_training(
             assert ids_of(server, name, encoder._with_system(encoder.question(row["text"]))) == encoder.prompt(
                 encoder.question(row["text"])
             )
+        chat = Encoder(encoder.tokenizer, Task(kind="chat"))
         for turns in PLAIN.values():
             asked = [turn for turn in turns if turn["role"] != "system"][:-1]
-            given = [SYSTEM, *asked]
-            assert ids_of(server, name, given) == encoder.prompt(given)
+            for given in (asked, [SYSTEM, *asked]):
+                assert ids_of(server, name, given) == chat.prompt(given)
 
 
-@pytest.fixture(scope="module")
-def mistral(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Encoder]]:
-    """A tiny Mistral with random weights and Mistral's own tokenizer, as a run's base; behind the server with its adapter."""
-    folder = tmp_path_factory.mktemp("mistral")
-    path = base(folder / "v3", "v3", "tokenizer.model.v3")
+def mistral_run(folder: Path, version: str, file: str, name: str) -> RunDirectory:
+    """A tiny Mistral with random weights and Mistral's own tokenizer as the base of a run with a random adapter."""
+    path = base(folder / version, version, file)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = transformers.MistralConfig(vocab_size=32768, head_dim=64, **sizes)  # vLLM's attention on a CPU wants 32 or more
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(path, mistral_format=False))
+    config = transformers.MistralConfig(vocab_size=vocabulary, head_dim=64, **sizes)  # vLLM's attention on a CPU wants 32 or more
     transformers.MistralForCausalLM(config).save_pretrained(path)
-    loaded = recipe(path, "someone/tuned")
-    run = finished(Recipe.model_validate({**loaded.model_dump(mode="json"), "run": {"dir": str(folder / "run")}}))
-    exported(run, folder / "own", "model.dtype=float32", form=Form.BF16, compare=False)
-    with serving(folder / "own", "--engine", vllm, flags=VLLM_FLAGS, log=folder / "log", **VLLM_VARIABLES) as server:
+    return finished(Recipe.model_validate({**recipe(path, name).model_dump(mode="json"), "run": {"dir": str(folder / "own")}}))
+
+
+@pytest.fixture(scope="module", params=["adapter", "merged"])
+def mistral(request: pytest.FixtureRequest, vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Encoder]]:
+    """Behind the server as a base with its adapter, as a run of Mistral-7B usually is, and as a whole model."""
+    folder = tmp_path_factory.mktemp("mistral")
+    run = mistral_run(folder, "v3", "tokenizer.model.v3", "someone/tuned")
+    place = run.path
+    if request.param == "merged":
+        place = folder / "merged" / "own"
+        exported(run, place, "model.dtype=float32", form=Form.BF16, compare=False)
+    with serving(place, "--engine", vllm, flags=VLLM_FLAGS, log=folder / "log", **VLLM_VARIABLES) as server:
         assert "--tokenizer-mode mistral" in server.log.read_text()
-        yield server, load_encoder(loaded)
+        yield server, load_encoder(run.recipe())
+
+
+def test_a_tokenizer_without_tools_is_served(vllm: str, tmp_path: Path) -> None:
+    """Version 1, of the first two Mistral-7B-Instructs: vLLM refuses to read calls where there are no tokens for them."""
+    run = mistral_run(tmp_path, "v1", "tokenizer.model", "mistralai/Mistral-7B-Instruct-v0.1")
+    encoder = load_encoder(run.recipe())
+    with serving(run.path, "--engine", vllm, flags=VLLM_FLAGS, log=tmp_path / "log", **VLLM_VARIABLES) as server:
+        for turns in ([user("Hello")], [SYSTEM, user("Hello")]):
+            assert ids_of(server, "own", turns) == encoder.prompt(turns)
 
 
 def test_the_servers_prompt_is_that_of_training_in_mistrals_own_format(mistral: tuple[Server, Encoder]) -> None:
@@ -257,10 +276,11 @@ def test_a_labels_probability_in_mistrals_own_format(mistral: tuple[Server, Enco
     assert ids_of(server, "own", turns) == found.prompt
     told = probabilities(server.client, "own", turns, dict(zip(("act", "action"), found.answers, strict=True)))
     assert sum(told.values()) == pytest.approx(1)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(server.place, dtype=torch.float32).eval()
-    with torch.no_grad():
-        scores = label_scores(model, label_row([found]), 1, 2, CPU)[0]
-    assert list(told.values()) == pytest.approx(torch.softmax(scores, 0).tolist(), abs=1e-4)
+    if (server.place / "model.safetensors").is_file():  # that a base with an adapter is what it should be is shown above
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(server.place, dtype=torch.float32).eval()
+        with torch.no_grad():
+            scores = label_scores(model, label_row([found]), 1, 2, CPU)[0]
+        assert list(told.values()) == pytest.approx(torch.softmax(scores, 0).tolist(), abs=1e-4)
 
 
 # what clients do wrong
@@ -304,7 +324,7 @@ def ask_badly(server: Server, number: int) -> tuple[str, int]:
 
 
 def test_bad_requests_harm_nobody(whole: Server) -> None:
-    """The right HTTP codes, no crash, no growth of memory, whatever 16 connections send."""
+    """The right HTTP codes, no crash, no growth of memory, whatever 16 connections send; what is dropped is not written to its end."""
 
     def storm() -> list[tuple[str, int]]:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -320,7 +340,7 @@ def test_bad_requests_harm_nobody(whole: Server) -> None:
     assert {name for name, _ in answered} >= {"good", "dropped", *BAD}
     assert after < before + 32 * 2**20
     assert whole.get("/health") == ""
-    assert "vllm:" in whole.get("/metrics")
+    wait_for(lambda: re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", whole.get("/metrics"), re.MULTILINE) == ["0.0"])
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/invocations", "/tokenize", "/metrics"])

@@ -233,7 +233,7 @@ def test_a_model_is_served_by_a_job_that_says_where(cluster: Cluster, undisturbe
     said = (tmp_path / f"slurm-{job}.log").read_text().splitlines()
     assert found["ExitCode"] == "0:0", said
     port = 20000 + int(job) % 20000
-    assert said[0].endswith(f":{port}/v1")
+    assert [line for line in said if line.endswith(f":{port}/v1") and line.startswith("http://")], said
     assert {"key k", "word 0.0.0.0", f"word {port}", "word mistral_dist_guard.RequireKey"} <= set(said)
 
 

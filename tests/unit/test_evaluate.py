@@ -2,17 +2,21 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from mistral_dist.base_cache import fingerprint
 from mistral_dist.config import Recipe
 from mistral_dist.data.example import Example
 from mistral_dist.errors import RunError, TrainingError
-from mistral_dist.evaluate import held_out
+from mistral_dist.evaluate import held_out, refuse_another_base
 from mistral_dist.exams.exam import document_of, refuse_nonfinite
+from mistral_dist.hub import local_path
 from mistral_dist.predict import _line
 from mistral_dist.run import RunDirectory
 from mistral_dist.workflow import prepare_if_needed
@@ -33,6 +37,25 @@ def test_data_prepared_anew_are_refused_also_where_no_checkpoint_is_left(write_r
         else:
             with pytest.raises(RunError, match="was trained on other data"):
                 held_out(recipe, run)
+
+
+def test_another_base_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """By the content of its files: one of the same name and shape at model.path, or fetched again after it has changed."""
+    recipe, run = Recipe.load(write_recipe()), RunDirectory(tmp_path / "run")
+    base = fingerprint(recipe.model)
+    run.path.mkdir()
+    other = tmp_path / "other"
+    shutil.copytree(local_path(recipe.model), other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    moved = recipe.model.model_copy(update={"path": str(other)})
+    (run.path / "status.json").write_text(json.dumps({"state": "finished", "base": base}))
+    refuse_another_base(recipe.model, run)
+    with pytest.raises(RunError, match=rf"other files of the base test/small than those in {other}: fingerprint {base} then"):
+        refuse_another_base(moved, run)
+    (run.path / "status.json").write_text(json.dumps({"state": "finished"}))  # nothing tells
+    refuse_another_base(moved, run)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])

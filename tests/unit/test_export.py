@@ -1,6 +1,8 @@
 """From a run's adapter to a folder that is served: the merge, the comparison, what is refused, what is left behind."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -11,24 +13,25 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from examples.serving.classify import question
 from mistral_dist.base import open_checkpoint
 from mistral_dist.card import model_card
 from mistral_dist.checkpoint import publish_adapter
 from mistral_dist.config import Recipe
 from mistral_dist.data.encode import load_encoder
-from mistral_dist.errors import CheckpointError, MachineError, RecipeError, RunError
+from mistral_dist.errors import CheckpointError, MachineError, ModelError, RecipeError, RunError
 from mistral_dist.evaluate import recipe_of
 from mistral_dist.export import merge, verb
 from mistral_dist.export.forms import Form, form_named
-from mistral_dist.export.likeness import POSITIONS, TOKENS, Questions
+from mistral_dist.export.likeness import AT_LEAST, POSITIONS, TOKENS, Questions
 from mistral_dist.export.merge import Update, write_merged
-from mistral_dist.export.verb import Wish, export
+from mistral_dist.export.verb import Options, export
 from mistral_dist.hub import load_tokenizer
 from mistral_dist.model import adapter_parameters, build_trainable
 from mistral_dist.run import RunDirectory
-from tests.conftest import WriteRecipe
+from tests.conftest import LABELS, WriteRecipe
 from tests.launch import COMMAND, mistral_dist, small_disk, wait_for
 
 CPU = torch.device("cpu")
@@ -55,8 +58,8 @@ def run(recipe_writer: Callable[[Path], WriteRecipe], tmp_path_factory: pytest.T
     return finished(Recipe.load(file))
 
 
-def exported(run: RunDirectory, out: Path, *overrides: str, **wish: Any) -> tuple[Form, list[tuple[str, ...]], dict[str, Any]]:
-    form, rows = export(run, recipe_of(run, overrides, ("model.dtype=",)), out, Wish(**wish), lambda _: None)
+def exported(run: RunDirectory, out: Path, *overrides: str, **options: Any) -> tuple[Form, list[tuple[str, ...]], dict[str, Any]]:
+    form, rows = export(run, recipe_of(run, overrides, ("model.dtype=",)), out, Options(**options), lambda _: None)
     return form, rows, json.loads((out / "export.json").read_text())["compared"]
 
 
@@ -67,8 +70,8 @@ def test_the_form_that_was_trained_is_found_and_written(run: RunDirectory, tmp_p
     assert head == ("form", "KL", "largest KL", "loss", "same next token", "same answer", "accuracy")
     assert [row[0] for row in rows] == ["live adapter", "adapter", "merged-bf16", "merged-nf4"]
     found = compared["merged-nf4"]
-    assert found["most_logit"] <= 1e-4
-    assert found["most_kl"] <= 1e-9
+    assert found["max_logit_difference"] <= 1e-4
+    assert found["max_kl"] <= 1e-9
     assert (found["same_token"], found["same_answer"], found["accuracy"]) == (1.0, 1.0, found["live_accuracy"])
     assert found["loss"] == pytest.approx(found["live_loss"], abs=1e-5)
     for other in ("adapter", "merged-bf16"):  # NF4 is no rounding error
@@ -86,7 +89,7 @@ def test_the_comparison_sees_a_merge_that_is_wrong(run: RunDirectory, tmp_path: 
 
     monkeypatch.setattr(Update, "__init__", halved)
     _, _, compared = exported(run, tmp_path / "out", form=Form.NF4, tolerance=100.0)
-    assert compared["merged-nf4"]["most_logit"] > 1e-2
+    assert compared["merged-nf4"]["max_logit_difference"] > 1e-2
     assert compared["merged-nf4"]["kl"] > 1e-5
 
 
@@ -200,7 +203,7 @@ def other_shapes(run: RunDirectory) -> Any:
 
 
 def test_the_questions_are_few_enough_also_where_prompts_are_long(run: RunDirectory) -> None:
-    """But always one."""
+    """But never fewer than some."""
 
     def asked(tokens: int, targets: int) -> int:
         records = [{"id": f"{n:03}", "tokens": tokens, "targets": targets} for n in reversed(range(300))]
@@ -208,7 +211,102 @@ def test_the_questions_are_few_enough_also_where_prompts_are_long(run: RunDirect
 
     assert asked(tokens=100, targets=2) == TOKENS // 100
     assert asked(tokens=20, targets=10) == -(-POSITIONS // 10)
-    assert asked(tokens=2 * TOKENS, targets=2) == 1
+    assert asked(tokens=2 * TOKENS, targets=2) == AT_LEAST
+    assert asked(tokens=2 * TOKENS, targets=POSITIONS) == 1
+
+
+def test_a_base_that_has_moved_is_followed_to_the_card(
+    recipe_writer: Callable[[Path], WriteRecipe], small_model: Path, tmp_path: Path
+) -> None:
+    """Nothing is looked for at its old place, also not its licence."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(small_model, old)
+    (old / "README.md").write_text("---\nlicense: mit\n---\n")
+    run = finished(Recipe.load(recipe_writer(tmp_path)(model={"path": str(old)}, lora={"r": 4})))
+    old.rename(new)
+    moved = recipe_of(run, [f"model.path={new}"])
+    export(run, moved, tmp_path / "out", Options(Form.NF4, compare=False), lambda _: None)
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_of_a_base_that_was_not_quantized_the_best_is_a_whole_model(recipe_writer: Callable[[Path], WriteRecipe], tmp_path: Path) -> None:
+    file = recipe_writer(tmp_path)(model={"quantization": "none"}, lora={"r": 4, "init_lora_weights": False})
+    assert mistral_dist("prepare", file).returncode == 0
+    form, _, compared = exported(finished(Recipe.load(file)), tmp_path / "out")
+    assert form is Form.BF16
+    assert compared["adapter"]["kl"] <= compared["merged-bf16"]["kl"] < 1e-6
+
+
+def test_another_base_is_not_merged_into(run: RunDirectory, tmp_path: Path) -> None:
+    """Though a comparison with itself would find it right."""
+    other = tmp_path / "run"
+    shutil.copytree(run.path, other)
+    (other / "status.json").write_text(json.dumps({"base": "0123456789abcdef"}))
+    with pytest.raises(RunError, match="was trained on other files of the base test/small"):
+        exported(RunDirectory(other), tmp_path / "out", form=Form.NF4, compare=False)
+
+
+def test_a_damaged_base_or_adapter_is_one_line(recipe_writer: Callable[[Path], WriteRecipe], small_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_model, base)
+    run = finished(Recipe.load(recipe_writer(tmp_path)(model={"path": str(base)}, lora={"r": 4})))
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:100_000])
+    with pytest.raises(ModelError, match=rf"{base}: cannot be read \(.*\); fetch or copy the base again"):
+        exported(run, tmp_path / "out", form=Form.NF4, compare=False)
+    (base / "model.safetensors").write_bytes(weights)
+    file = run.adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({name: tensor for name, tensor in whole.items() if "layers.0.self_attn.q_proj.lora_B" not in name}, file)
+    with pytest.raises(CheckpointError, match="the adapter cannot be read"):
+        exported(run, tmp_path / "out", form=Form.NF4, compare=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        (None, [{"role": "system", "content": 'Say "a"\nor `b`.'}]),
+        (
+            "{{ raise_exception('no system turn') if messages[0].role == 'system' }}"
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{{ '<|im_start|>assistant\n' if add_generation_prompt }}",
+            [],
+        ),
+    ],
+)
+def test_a_client_that_asks_as_the_folder_says_asks_as_training_did(
+    recipe_writer: Callable[[Path], WriteRecipe], small_model: Path, tmp_path: Path, template: str | None, turns: list[Any]
+) -> None:
+    """Also where the chat template refuses a system turn, so that training put its text before the question."""
+    base, system, prompt = tmp_path / "base", 'Say "a"\nor `b`.', "Which of {labels}?\n```\n{text}\n```"
+    shutil.copytree(small_model, base)
+    if template is not None:
+        (base / "chat_template.jinja").write_text(template)
+    task = {"prompt": prompt, "system": system}
+    run = finished(Recipe.load(recipe_writer(tmp_path)(task=task, model={"path": str(base)}, lora={"r": 4})))
+    exported(run, tmp_path / "out", form=Form.ADAPTER, compare=False)
+    about = json.loads((tmp_path / "out" / "export.json").read_text())["task"]
+    asked = question(about, "An array.")
+    assert asked[: len(turns)] == turns
+    assert len(asked) == len(turns) + 1
+    encoder, tokenizer = load_encoder(run.recipe()), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == encoder.prompt(
+        encoder.question("An array.")
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"```\n{system}\n```" in card
+    assert f"````\nWhich of {', '.join(LABELS)}?\n```\n{{text}}\n```\n````" in card
+    assert ("Begin with this system turn:" in card) == (template is None)
+
+
+def test_the_card_of_plain_text_says_how_a_text_begins(recipe_writer: Callable[[Path], WriteRecipe], tmp_path: Path) -> None:
+    """SmolLM2's tokenizer has a token for the beginning, and does not put it there."""
+    task = {"kind": "pretrain", "labels": [], "system": None}
+    run = finished(Recipe.load(recipe_writer(tmp_path)(task=task, lora={"r": 4})))
+    exported(run, tmp_path / "out", form=Form.ADAPTER, compare=False)
+    encoder, tokenizer = load_encoder(run.recipe()), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    (begin,) = re.findall(r"behind `(.+)`, which its tokenizer", (tmp_path / "out" / "README.md").read_text())
+    assert tokenizer.encode(f"{begin}An array.") == encoder.prompt([{"role": "user", "content": "An array."}])
 
 
 def test_a_model_whose_logits_are_no_numbers_is_never_taken(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,9 +342,9 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
         exported(run, tmp_path / "there")
     plain = Recipe.load(write_recipe(model={"quantization": "none"}))
     with pytest.raises(RecipeError, match=r"--form merged-nf4: .*use one of adapter, merged-bf16"):
-        export(run, plain, tmp_path / "out", Wish(Form.NF4), print)
+        export(run, plain, tmp_path / "out", Options(Form.NF4), print)
     with pytest.raises(RecipeError, match="--no-compare"):
-        export(run, recipe, tmp_path / "out", Wish(None, compare=False), print)
+        export(run, recipe, tmp_path / "out", Options(None, compare=False), print)
     with pytest.raises(RecipeError, match="--form merged: there are adapter, merged-bf16, merged-nf4 and best"):
         form_named("merged")
     with pytest.raises(RunError, match=r"lora\.r=8: is part of what was trained"):

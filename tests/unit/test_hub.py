@@ -51,6 +51,8 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.sent: list[dict[str, Any]] = []
         """Of a commit, line by line."""
+        self.pushed: list[str] = []
+        """What lies in the repository me/my."""
 
     @property
     def url(self) -> str:
@@ -64,6 +66,8 @@ class Hub(ThreadingHTTPServer):
                 return reply
         if path.startswith(f"/api/models/{NAME}/tree/"):
             return json_reply([{"type": "file", "path": name, "size": len(body), "oid": oid(body)} for name, body in FILES.items()])
+        if path.startswith("/api/models/me/my/tree/"):
+            return json_reply([{"type": "file", "path": name, "size": 7, "oid": oid(name.encode())} for name in self.pushed])
         if path.startswith(f"/api/models/{NAME}"):
             return json_reply({"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
         body = FILES.get(path.rpartition("/")[2])
@@ -322,6 +326,16 @@ def test_what_was_exported_is_sent_and_nothing_else(exported: Path, hub: Hub, py
     sent = {line["value"]["path"] for line in hub.sent if line["key"] == "file"}
     assert sent == {"README.md", "export.json", "model.safetensors", "SHA256SUMS"}
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_an_earlier_export_in_the_repository_is_replaced_whole(exported: Path, hub: Hub, python: Fetch) -> None:
+    """Or its adapter would be loaded instead of the new model."""
+    old = ["adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+    hub.pushed = [*old, ".gitattributes", "README.md", "images/loss.png", "LICENSE"]
+    done = python("-m", "mistral_dist.cli", "push", exported, "me/my", "--upload", endpoint=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0, done.stderr
+    assert {line["value"]["path"] for line in hub.sent if line["key"] == "deletedFile"} == set(old)
+    assert "README.md" in {line["value"]["path"] for line in hub.sent if line["key"] == "file"}
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])

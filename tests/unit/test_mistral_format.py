@@ -287,6 +287,13 @@ def is_mistral(encoder: Encoder) -> bool:
     return isinstance(encoder._format, MistralFormat)
 
 
+def test_only_a_tokenizer_with_tokens_for_tools_calls_them(tmp_path: Path, formats: Any) -> None:
+    """A server that was told to read calls does not start on one that has none."""
+    assert load_encoder(recipe(base(tmp_path / "v3", "v3", "tokenizer.model.v3"), "someone/tuned")).calls_tools
+    assert not load_encoder(recipe(base(tmp_path / "v1", "v1", "tokenizer.model"), "mistralai/Mistral-7B-Instruct-v0.1")).calls_tools
+    assert not load_encoder(recipe(tmp_path / "v3", "someone/tuned", "template")).calls_tools
+
+
 def test_the_bases_files_decide_and_the_recipe_may(tmp_path: Path, formats: Any) -> None:
     v3 = base(tmp_path / "v3", "v3", "tokenizer.model.v3")
     encoder = load_encoder(recipe(v3, "someone/tuned"))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import stat
 import subprocess
@@ -23,7 +24,7 @@ from mistral_dist.run import RunDirectory
 from mistral_dist.serving.engines import Engine, command
 from mistral_dist.serving.guard.mistral_dist_guard import RequireKey
 from mistral_dist.serving.served import Served, open_served
-from mistral_dist.serving.verb import KEY, Wish, serve
+from mistral_dist.serving.verb import KEY, Options, serve
 from tests.conftest import WriteRecipe
 from tests.launch import COMMAND, ROOT, mistral_dist
 from tests.unit.test_export import exported, finished
@@ -87,7 +88,9 @@ def test_vllm_serves_a_whole_model_greedily() -> None:
     assert json.loads(after(words, "--override-generation-config")) == {"temperature": 0}
     assert (after(words, "--dtype"), after(words, "--generation-config"), after(words, "--tokenizer-mode")) == ("float32", "vllm", "hf")
     assert not {"--enable-lora", "--trust-remote-code", "--middleware", "--tool-call-parser"} & set(words)
-    words = command(Engine.VLLM, "vllm", [replace(WHOLE, mistral_common=True, trust_remote_code=True)], "h", 1, key=True)
+    mistral = replace(WHOLE, mistral_common=True, trust_remote_code=True)
+    assert "--tool-call-parser" not in command(Engine.VLLM, "vllm", [mistral], "h", 1), "vLLM does not start where no token is for them"
+    words = command(Engine.VLLM, "vllm", [replace(mistral, tools=True)], "h", 1, key=True)
     assert (after(words, "--tokenizer-mode"), after(words, "--tool-call-parser")) == ("mistral", "mistral")
     assert "--trust-remote-code" in words
     assert after(words, "--middleware") == "mistral_dist_guard.RequireKey"
@@ -139,14 +142,14 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_beyond_this_machine_a_key_is_asked_for(merged: Path, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     with pytest.raises(RecipeError, match=rf"--host 0\.0\.0\.0: others could use the model without a key; `export {KEY}="):
-        serve([merged], Wish(host="0.0.0.0"), told.append, start=False)
+        serve([merged], Options(host="0.0.0.0"), told.append, start=False)
     for host in ("127.0.0.1", "localhost", "::1"):
-        serve([merged], Wish(str(engine), host=host), told.append, start=False)
+        serve([merged], Options(str(engine), host=host), told.append, start=False)
     assert "--middleware" not in " ".join(told)
     monkeypatch.setenv(KEY, "a-secret")
     with pytest.raises(RecipeError, match="transformers knows no API key"):
-        serve([merged], Wish(engine="transformers", host="::"), told.append, start=False)
-    serve([merged], Wish(str(engine), host="0.0.0.0"), told.append, start=False)
+        serve([merged], Options(engine="transformers", host="::"), told.append, start=False)
+    serve([merged], Options(str(engine), host="0.0.0.0"), told.append, start=False)
     assert "--middleware mistral_dist_guard.RequireKey" in told[-1]
     assert "a-secret" not in " ".join(told)
 
@@ -157,13 +160,15 @@ def test_beyond_this_machine_a_key_is_asked_for(merged: Path, engine: Path, monk
         (("--host", "0.0.0.0"), "--host: not as an engine's argument; it stands before `--`, where it is checked"),
         (("--port=1",), "--port: not as"),
         (("--api_key", "x"), f"--api-key: not as an engine's argument; set {KEY}"),
+        (("--hos", "0.0.0.0"), "--hos: not as an engine's argument; it stands before"),
+        (("--api-ke=x",), f"--api-ke: not as an engine's argument; set {KEY}"),
         (("--uds", "x"), "--uds: not as an engine's argument; leave it out"),
         (("runs/b",), "runs/b: one model is served; another adapter of the same base with --also runs/b"),
     ],
 )
 def test_an_engines_argument_goes_round_no_check(merged: Path, engine: Path, words: tuple[str, ...], told: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(told)):
-        serve([merged], Wish(str(engine), engine_args=words), print, start=False)
+        serve([merged], Options(str(engine), engine_args=words), print, start=False)
 
 
 def answers(app: RequireKey, path: str, *headers: tuple[bytes, bytes], kind: str = "http", method: str = "POST") -> list[Any]:
@@ -216,7 +221,8 @@ def test_the_engine_takes_the_place_of_the_command(run: RunDirectory, engine: Pa
     told = shlex.split(said[1])
     assert told[:3] == ["$", str(engine), "serve"]
     assert told[-2:] == ["--max-model-len", "512"]
-    assert said[2] == f"pid {started.pid}"
+    assert said[2] == f"http://127.0.0.1:{port}/v1"
+    assert said[3] == f"pid {started.pid}"
     assert [line.removeprefix("word ") for line in said if line.startswith("word ")] == told[2:]
     assert "offline 1" in said
     assert said[-1].startswith(f"path {ROOT / 'mistral_dist/serving/guard'}")
@@ -226,13 +232,13 @@ def test_the_engine_takes_the_place_of_the_command(run: RunDirectory, engine: Pa
 def test_an_engine_that_is_not_there_is_told(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MachineError, match=r"--engine vllm: not found; give its command's path: --engine /path/to/vllm"):
-        serve([merged], Wish(), print)
+        serve([merged], Options(), print)
     with pytest.raises(MachineError, match="--engine /nowhere/vllm: not found"):
-        serve([merged], Wish(engine="/nowhere/vllm"), print)
+        serve([merged], Options(engine="/nowhere/vllm"), print)
     with pytest.raises(RecipeError, match="--engine sglang: there are vllm and transformers"):
-        serve([merged], Wish(engine="sglang"), print)
+        serve([merged], Options(engine="sglang"), print)
     told: list[str] = []
-    serve([merged], Wish(engine="transformers"), told.append, start=False)
+    serve([merged], Options(engine="transformers"), told.append, start=False)
     assert told[-1].startswith(f"$ {Path(sys.executable).with_name('transformers')} serve {merged}")
 
 
@@ -246,3 +252,18 @@ def test_an_adapter_finds_its_base_elsewhere(run: RunDirectory, merged: Path, tm
     assert open_served(tmp_path / "alone", merged).weights == merged
     with pytest.raises(ModelError, match="no model there"):
         open_served(tmp_path / "alone", tmp_path)
+    with pytest.raises(RunError, match="is a whole model, which needs none"):
+        open_served(merged, merged)
+    (tmp_path / "alone" / "adapter_config.json").unlink()
+    with pytest.raises(RunError, match=r"adapter_config\.json: is missing; export the run again"):
+        open_served(tmp_path / "alone", merged)
+
+
+def test_a_run_finds_its_base_elsewhere(run: RunDirectory, merged: Path, tmp_path: Path) -> None:
+    recipe, moved = run.recipe(), tmp_path / "moved"
+    shutil.copytree(run.path, moved)
+    away = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "/on/another/machine"})})
+    (moved / "recipe.yaml").write_text(away.dump())
+    with pytest.raises(ModelError, match="say where it is with --base FOLDER"):
+        open_served(moved)
+    assert open_served(moved, merged) == replace(open_served(run.path), name="moved", weights=merged, adapter=moved / "adapter")
