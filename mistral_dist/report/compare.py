@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mistral_dist.config import leaves
+from mistral_dist.errors import RunError
 from mistral_dist.exams.exam import document_of
 from mistral_dist.report.facts import Facts, Line
 from mistral_dist.resampling import Interval, gain, interval_of_ratio, mcnemar
@@ -80,7 +81,7 @@ def _lines(facts: Facts, name: str) -> dict[str, Line] | str:
     file = facts.run.path / "evaluation" / f"{name}.jsonl"
     try:
         found = {line["id"]: line for line in facts.evaluation(name)}
-    except ValueError:
+    except RunError:
         found = {}
     there = f"{len(found):,} of the {facts.test['n']:,} examples that test.json counts" if facts.test else ""
     return found if facts.test and len(found) == facts.test["n"] else f"{file} holds {there}; evaluate that run again"

@@ -120,10 +120,14 @@ class Facts:
 
 
 def _lines(file: Path) -> Iterator[Line]:
-    """The whole lines of a file; none where it is missing."""
+    """The whole lines of a file; none where it is missing. Raises RunError for one that is damaged."""
     if not file.is_file():
         return
-    with open(file, encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n"):
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                return  # it is being written, or was when its writer was killed
+            try:
                 yield json.loads(line)
+            except ValueError:
+                raise RunError(f"{file}:{number}: is damaged; mend that line, or remove it") from None

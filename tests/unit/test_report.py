@@ -227,3 +227,15 @@ def test_a_report_is_written_over_a_report_and_nothing_else(run: Path, tmp_path:
     for _ in range(2):
         report([run], out=tmp_path / "page.html")
     assert "What came of it" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("line", [b'{"id": "7", "la\n', b"\xff\xfe\n"])
+def test_a_damaged_line_is_named(run: Path, line: bytes) -> None:
+    """Not one that its writer has not ended yet."""
+    with open(run / "metrics.jsonl", "ab") as metrics:
+        metrics.write(b'{"step": 41, "lo')
+    page(Facts(RunDirectory(run)))
+    with open(run / "evaluation" / "predictions.jsonl", "ab") as predictions:
+        predictions.write(line)
+    with pytest.raises(RunError, match=r"predictions\.jsonl:31: is damaged; mend that line, or remove it"):
+        Facts(RunDirectory(run)).evaluation("predictions")
