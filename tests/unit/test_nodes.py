@@ -229,7 +229,11 @@ def test_a_job_that_may_be_requeued_never_begins_anew(monkeypatch: pytest.Monkey
 
 
 def test_an_agent_leaves_signals_to_its_launcher_and_its_workers() -> None:
-    agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=process.become_agent)
+    def begin() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves be run by nohup
+        process.become_agent()
+
+    agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=begin)
     try:
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             agent.send_signal(number)
