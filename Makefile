@@ -37,7 +37,7 @@ bench-gpu: $(VENV)/installed-dev
 SEED ?= 0
 KILLS ?= 20
 FAULTS = CUDA_VISIBLE_DEVICES= KILLS=$(KILLS) $(BIN)/pytest -n 2 --dist worksteal -m "fault or matrix" --fault-table docs/faults.md \
-    tests/dist tests/network tests/slurm
+    tests/dist tests/network tests/slurm tests/flow
 
 # What each test showed is in build/faults.jsonl as soon as it has: a run that is cut short goes on with faults-left.
 faults: $(VENV)/installed-dev

@@ -77,6 +77,7 @@ def test_a_run_is_saved_before_its_first_update(processes: int, zero: int | str,
 IN_A_ROW = "the loss or the gradient was not finite in 3 steps in a row"
 
 
+@pytest.mark.matrix
 @pytest.mark.fault(
     "a loss that is NaN in three steps in a row", "back to a checkpoint from before; a kill after it: the same bits", zero=(2,)
 )

@@ -21,7 +21,7 @@ LENGTH = 192
         pytest.param(2, 2, {"0": 3 * LENGTH, "1": 5 * LENGTH}, 2, id="ZeRO-2 x 2", marks=pytest.mark.matrix),
         pytest.param(2, 1, {"0": 3 * LENGTH, "1": 6 * LENGTH}, 2, id="ZeRO-1 x 2, less on one rank", marks=pytest.mark.matrix),
         pytest.param(2, 0, {"0": 5 * LENGTH, "1": 6 * LENGTH}, 4, id="two processes", marks=pytest.mark.matrix),
-        pytest.param(1, 0, {"0": 11 * LENGTH}, 8, id="one process"),
+        pytest.param(1, 0, {"0": 11 * LENGTH}, 8, id="one process", marks=pytest.mark.matrix),
     ],
 )
 @pytest.mark.fault("memory refused to a trial of train.micro_batch_size: auto, on one rank", "all take what fits; the bits of that number")

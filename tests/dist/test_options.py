@@ -145,7 +145,7 @@ def assert_every_tensor_moved(run: Path) -> None:
     assert all(not torch.equal(first[name], last[name]) for name in first)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [pytest.param(name, marks=pytest.mark.matrix) if "bfloat16" in name else name for name in OPTIONS])
 def test_an_option_means_on_any_ranks_what_it_means_to_plain_peft(recipe: Path, option: str, tmp_path: Path) -> None:
     overrides = OPTIONS[option]
     alone = train(recipe, tmp_path / "alone", *overrides, processes=1, zero=0)

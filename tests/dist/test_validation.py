@@ -140,6 +140,7 @@ def test_the_validations_end_a_run_and_choose_its_result(recipe: Path, never_sto
     assert f"at step {last} of 40" in done.stdout and "nothing to do" in done.stdout
 
 
+@pytest.mark.matrix
 @pytest.mark.fault(
     "a stop signal within a validation; SIGKILL between one and its checkpoint",
     "taken again, to the same loss, noted once; the run ends at the same step with the same bits",

@@ -351,7 +351,7 @@ def test_a_changed_recipe_is_refused_with_both_ways_out_and_fresh_starts_anew(tr
     ("kind", "row"),
     [
         ("chat", {"messages": [{"role": "user", "content": "Count: {n}"}, {"role": "assistant", "content": "{n} is a number."}]}),
-        ("instruct", {"prompt": "Say {n}", "completion": "{n}!"}),
+        pytest.param("instruct", {"prompt": "Say {n}", "completion": "{n}!"}, marks=pytest.mark.matrix),
         ("pretrain", {"text": "Chapter {n}. In the beginning of part {n} there was a word, and then another."}),
     ],
 )
