@@ -22,8 +22,8 @@ from mistral_dist.files import read_json
 from mistral_dist.resampling import is_interval
 from mistral_dist.run import RunDirectory
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 
 PLAIN_EVERY = 30.0
 """Seconds between two lines where there is no terminal."""

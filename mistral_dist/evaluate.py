@@ -77,7 +77,7 @@ def held_out(recipe: Recipe, run: RunDirectory) -> tuple[list[dict[str, Any]], P
     encoder = load_encoder(recipe)
     refuse_another_base(recipe.model, run)
     prepared = open_prepared(recipe, encoder)
-    if _noted(run, "held_out") != prepared.fingerprint:
+    if noted(run, "held_out") != prepared.fingerprint:
         raise RunError(f"{run.path}: was trained on other data than {prepared.path} holds now; prepare them as they were, or train anew")
     records = list(prepared.split(TEST))
     if not records:
@@ -90,7 +90,7 @@ def refuse_another_base(model: Model, run: RunDirectory) -> None:
 
     `model`: as trained, but for its `path`.
     """
-    then, now = _noted(run, "base"), fingerprint(model)
+    then, now = noted(run, "base"), fingerprint(model)
     if then not in (None, now):
         remedy = "put them back (model.path, or the hub's cache)"
         raise RunError(
@@ -99,8 +99,8 @@ def refuse_another_base(model: Model, run: RunDirectory) -> None:
         )
 
 
-def _noted(run: RunDirectory, fact: str) -> Any:
-    """What a run notes of what it was trained on; in its status alone where no checkpoint is left."""
+def noted(run: RunDirectory, fact: str) -> Any:
+    """A fact of what a run was trained on, or None; in its status alone where no checkpoint is left."""
     found = newest_good(run.checkpoints)
     return (load_progress(found)[1] if found is not None else run.status() or {}).get(fact)
 

@@ -113,6 +113,18 @@ def fetch_model(model: Model) -> Path:
         raise ModelError(f"{url}: cannot be reached ({_first_line(error)}); {_without_network('model.path')}") from None
 
 
+def is_name(name: str) -> bool:
+    """Whether a repository could have it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return all(name.split("/"))
+
+
 def upload(folder: Path, name: str, files: Sequence[str], instead_of: Sequence[str]) -> str:
     """Put files of a folder into the repository `name`, a new one private, instead of what matches patterns there; return its URL.
 

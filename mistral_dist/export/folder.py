@@ -45,14 +45,14 @@ def write_settings(recipe: Recipe, encoder: Encoder, form: Form, folder: Path) -
 def write_card(recipe: Recipe, form: Form, likenesses: Likenesses, facts: dict[str, Any], folder: Path) -> None:
     """README.md, and export.json with the same figures for programs.
 
-    `facts`: `name`; `origin` (steps and data, in words); `licence` (of the base, or None); `model` (MODEL, as exported); `mistral_file`;
-    `tools` (whether that tokenizer has them); `test` (what evaluation/test.json says, or None); `examples` (how many were compared);
-    `asking` (how a client asks: `system_turn`, `begins_with`, and of a classifier `answers`, each label's token ids with the one that
-    ends it).
+    `facts`: `name`; `origin` (steps and data, in words); `licence` (of the base, or None); `model` (MODEL, as exported); `base` (its
+    fingerprint); `mistral_file`; `tools` (whether that tokenizer has them); `test` (what evaluation/test.json says, or None); `examples`
+    (how many were compared); `asking` (how a client asks: `system_turn`, `begins_with`, and of a classifier `answers`, each label's
+    token ids with the one that ends it).
     """
     figures = {str(one): asdict(likeness) for one, likeness in likenesses.items()}
     task = recipe.task.model_dump(mode="json", include={"kind", "labels", "prompt", "system"})
-    about = {"form": form, "task": {**task, **facts["asking"]}, **{key: facts[key] for key in ("model", "mistral_file", "tools")}}
+    about = {"form": form, "task": {**task, **facts["asking"]}, **{key: facts[key] for key in ("model", "base", "mistral_file", "tools")}}
     write_text(folder / FACTS, json.dumps({**about, "compared": figures, "examples": facts["examples"]}, indent=2) + "\n")
     write_text(folder / "README.md", _card(recipe, form, likenesses, facts))
 

@@ -24,7 +24,7 @@ def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) 
     sums = folder / SUMS
     if not sums.is_file():
         raise RunError(f"{folder}: no exported folder ({SUMS} is missing); `mistral-dist export RUN {folder}` makes one")
-    if name.count("/") != 1 or not all(name.split("/")):
+    if name.count("/") != 1 or not hub.is_name(name):
         raise ModelError(f"{name}: is no name on the hub; give owner and model, as in me/{folder.resolve().name}")
     wanted = [line.partition("  ")[::2] for line in sums.read_text(encoding="utf-8").splitlines()]
     for digest, file in wanted:

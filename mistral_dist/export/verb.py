@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from mistral_dist.base import Checkpoint, compute_dtype, open_checkpoint
+from mistral_dist.base_cache import fingerprint
 from mistral_dist.card import origin
 from mistral_dist.config import Model, Recipe
 from mistral_dist.data.encode import Encoder, load_encoder
@@ -150,6 +151,7 @@ class _Work:
             "examples": len(questions),
             "mistral_file": encoder.mistral_file and encoder.mistral_file.name,
             "model": recipe.model.model_dump(mode="json", include=set(folder.MODEL)),
+            "base": fingerprint(recipe.model),
             "licence": folder.licence(recipe.model),
             "tools": encoder.calls_tools,
             "asking": {

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_dist.base_cache import dtype_name
+from mistral_dist.base_cache import dtype_name, fingerprint
 from mistral_dist.config import Model
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.errors import ModelError, RunError
-from mistral_dist.export.forms import FACTS, Form
+from mistral_dist.evaluate import noted
+from mistral_dist.export.forms import FACTS, SUMS, Form
 from mistral_dist.files import read_json
 from mistral_dist.hub import local_path
 from mistral_dist.run import RunDirectory
@@ -59,33 +60,49 @@ def open_served(place: Path, base: Path | None = None) -> Served:
         raise RunError(f"{place}: has no adapter yet; `mistral-dist status {place}` says how it stands")
     found = recipe.model.model_copy(update={"path": str(_base(recipe.model, base))})
     encoder = load_encoder(recipe.model_copy(update={"model": found}))
-    return _adapter(place, run.adapter, found, base, mistral_common=encoder.mistral_file is not None, tools=encoder.calls_tools)
+    mistral_common, tools = encoder.mistral_file is not None, encoder.calls_tools
+    return _adapter(place, run.adapter, found, noted(run, "base"), base, mistral_common=mistral_common, tools=tools)
 
 
 def _exported(place: Path, facts: dict[str, Any], base: Path | None) -> Served:
     try:
         form, model = Form(facts["form"]), Model.model_validate(facts["model"])
-        mistral_common, tools = bool(facts["mistral_file"]), bool(facts["tools"])
+        mistral_common, tools, trained_on = bool(facts["mistral_file"]), bool(facts["tools"]), facts["base"]
     except (KeyError, ValueError):
         raise RunError(f"{place / FACTS}: not what this version of `mistral-dist export` writes; export the run again") from None
+    _refuse_incomplete(place)
     if form is Form.ADAPTER:
-        return _adapter(place, place, model, base, mistral_common=mistral_common, tools=tools)
+        return _adapter(place, place, model, trained_on, base, mistral_common=mistral_common, tools=tools)
     if base is not None:
         raise RunError(f"--base: {place} is a whole model, which needs none; leave it out")
     name, code = _name(place), model.trust_remote_code
     return Served(name, place, name, dtype_name(model), mistral_common=mistral_common, tools=tools, trust_remote_code=code)
 
 
-def _adapter(place: Path, folder: Path, model: Model, base: Path | None, *, mistral_common: bool, tools: bool) -> Served:
-    config = read_json(folder / ADAPTER)
-    if config is None:
-        raise RunError(f"{folder / ADAPTER}: is missing; export the run again")
+def _refuse_incomplete(place: Path) -> None:
+    """Raise RunError unless all files are there that an export has written; `push` looks at what is in them, too."""
+    sums = place / SUMS
+    names = [line.partition("  ")[2] for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else [SUMS]
+    missing = [name for name in names if not (place / name).is_file()]
+    if missing:
+        raise RunError(f"{place}: lacks {', '.join(missing)}; export the run again")
+
+
+def _adapter(
+    place: Path, folder: Path, model: Model, trained_on: str | None, base: Path | None, *, mistral_common: bool, tools: bool
+) -> Served:
+    config = read_json(folder / ADAPTER) or {}
     if config.get("modules_to_save"):
         whole = ", ".join(config["modules_to_save"])
         raise ModelError(f"{folder}: trained {whole} whole, which no engine loads as an adapter; export it with --form merged-nf4")
+    weights = _base(model, base)
+    now = fingerprint(model.model_copy(update={"path": str(weights)}))
+    if trained_on not in (None, now):
+        remedy = "give it with --base FOLDER, or put its files back"
+        raise ModelError(f"{weights}: is not the base that {place} was trained on (fingerprint {trained_on} then, {now} now); {remedy}")
     return Served(
         name=_name(place),
-        weights=_base(model, base),
+        weights=weights,
         weights_name=model.name,
         dtype=dtype_name(model),
         adapter=folder,

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from mistral_dist.display import _measures, _Metrics, _News, _Outlasting
+from mistral_dist.display import _measures, _Metrics, _News, _Outlasting, say
 from mistral_dist.run import RunDirectory
 from mistral_dist.standing import standing
 
@@ -55,6 +56,12 @@ def test_news_are_shown_once_and_whole(tmp_path: Path) -> None:
         stream.flush()
     assert news.lines() == ["note: rank 1 is slow", "step 12: because; back to checkpoint-10"]
     assert news.lines() == []
+
+
+def test_what_is_said_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what the library would read as markup, or as the name of a picture."""
+    say("models/[bold]a:x: d:bug:/rows.jsonl")
+    assert capsys.readouterr().out == "models/[bold]a:x: d:bug:/rows.jsonl\n"
 
 
 def test_a_terminal_that_closes_ends_nothing() -> None:

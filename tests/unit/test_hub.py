@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mistral_dist.errors import CheckpointError, RunError
+from mistral_dist.errors import CheckpointError, ModelError, RunError
 from mistral_dist.export.push import push
 
 ROOT = Path(__file__).parent.parent.parent
@@ -357,3 +357,9 @@ def test_what_is_not_as_it_was_exported_stays_here(exported: Path, tmp_path: Pat
     with pytest.raises(RunError, match="no exported folder"):
         push(tmp_path, "me/my", told.append, upload=True)
     assert told == []
+
+
+@pytest.mark.parametrize("name", ["me/", "/my", "me/m y", "me/-x", "me/my.git", "a/b/c", "my", ""])
+def test_a_name_that_no_repository_could_have_is_refused(exported: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="is no name on the hub; give owner and model, as in me/exported"):
+        push(exported, name, print, upload=False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from mistral_dist.base_cache import fingerprint
 from mistral_dist.config import Recipe
 from mistral_dist.errors import MachineError, ModelError, RecipeError, RunError
 from mistral_dist.export.forms import Form
@@ -76,6 +77,7 @@ def test_what_is_no_model_is_refused(run: RunDirectory, merged: Path, tmp_path: 
         open_served(tmp_path)
     about = json.loads((merged / "export.json").read_text())
     (tmp_path / "export.json").write_text(json.dumps({**about, "form": "adapter"}))
+    (tmp_path / "SHA256SUMS").write_text("")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "modules_to_save": ["lm_head"]}))
     with pytest.raises(ModelError, match="trained lm_head whole, which no engine loads as an adapter; export it with --form merged-nf4"):
         open_served(tmp_path)
@@ -249,13 +251,16 @@ def test_an_adapter_finds_its_base_elsewhere(run: RunDirectory, merged: Path, tm
     (tmp_path / "alone" / "export.json").write_text(json.dumps(about))
     with pytest.raises(ModelError, match="test/small: the adapter's base is not on this machine; say where it is with --base FOLDER"):
         open_served(tmp_path / "alone")
-    assert open_served(tmp_path / "alone", merged).weights == merged
+    there = Path(str(run.recipe().model.path))
+    assert open_served(tmp_path / "alone", there).weights == there
+    with pytest.raises(ModelError, match=rf"{merged}: is not the base that {tmp_path / 'alone'} was trained on \(fingerprint"):
+        open_served(tmp_path / "alone", merged)  # the adapter would be in it twice
     with pytest.raises(ModelError, match="no model there"):
         open_served(tmp_path / "alone", tmp_path)
     with pytest.raises(RunError, match="is a whole model, which needs none"):
         open_served(merged, merged)
     (tmp_path / "alone" / "adapter_config.json").unlink()
-    with pytest.raises(RunError, match=r"adapter_config\.json: is missing; export the run again"):
+    with pytest.raises(RunError, match=r"lacks adapter_config\.json; export the run again"):
         open_served(tmp_path / "alone", merged)
 
 
@@ -266,4 +271,16 @@ def test_a_run_finds_its_base_elsewhere(run: RunDirectory, merged: Path, tmp_pat
     (moved / "recipe.yaml").write_text(away.dump())
     with pytest.raises(ModelError, match="say where it is with --base FOLDER"):
         open_served(moved)
-    assert open_served(moved, merged) == replace(open_served(run.path), name="moved", weights=merged, adapter=moved / "adapter")
+    there = Path(str(recipe.model.path))
+    assert open_served(moved, there) == replace(open_served(run.path), name="moved", adapter=moved / "adapter")
+    (moved / "status.json").write_text(json.dumps({"base": fingerprint(recipe.model)}))
+    assert open_served(moved, there).weights == there
+    with pytest.raises(ModelError, match="is not the base that"):
+        open_served(moved, merged)
+
+
+def test_an_export_that_lacks_a_file_is_told_before_a_job_waits_for_it(merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "my")
+    (tmp_path / "my" / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"my: lacks model\.safetensors; export the run again"):
+        open_served(tmp_path / "my")
