@@ -170,8 +170,8 @@ def test_transformers_serves_what_it_loads(
     plain: Server, run: RunDirectory, merged: Path, encoder: Encoder, texts: list[dict[str, str]]
 ) -> None:
     model, asked = reference("merged", run, merged), questions(texts, encoder)
-    assert_same_text(model, encoder, asked[::5], lambda turns: written(plain.client, str(merged), turns))
-    assert_same_text(model, encoder, asked[::5], lambda turns: streamed(plain.client, str(merged), turns))
+    assert_same_text(model, encoder, asked, lambda turns: written(plain.client, str(merged), turns))
+    assert_same_text(model, encoder, asked, lambda turns: streamed(plain.client, str(merged), turns))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
