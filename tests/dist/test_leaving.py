@@ -215,8 +215,7 @@ def test_in_time_they_save_and_leave(recipe: Path, tmp_path: Path) -> None:
     assert_stopped(run, "by train.max_seconds")
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("processes", "zero"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("processes", "zero"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.matrix)])
 @pytest.mark.fault("a stop signal to every process of a run at once, as schedulers send it", "saved and stopped, exit code 85")
 def test_a_scheduler_signals_every_process(processes: int, zero: int, recipe: Path, tmp_path: Path) -> None:
     """The agent between launcher and workers would die of it, or kill them after 30 seconds."""

@@ -102,7 +102,6 @@ def test_a_part_without_a_usable_row_ends_all_ranks_and_says_so(
     wait_for(lambda: not workers(run))
 
 
-@pytest.mark.matrix
 @pytest.mark.fault("a stream with too many rows that are no examples", "fails with the counts, exit code 2; each is named", zero=(2,))
 def test_too_many_bad_rows_end_the_run_and_are_named(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """One row in ten, where one in twenty is allowed: it is known after 1,000 rows, before there is a checkpoint."""

@@ -163,7 +163,6 @@ def test_before_its_time_limit_it_saves_and_goes_on(cluster: Cluster, submit: Ca
     assert "stopping on request (SIGUSR1)" in (run / "log.txt").read_text()
 
 
-@pytest.mark.matrix
 def test_cancelled_it_stays_stopped_until_it_is_submitted_again(
     cluster: Cluster, submit: Callable[..., tuple[str, Path]], undisturbed: Path
 ) -> None:
