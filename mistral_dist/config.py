@@ -161,8 +161,8 @@ class Evaluate(Section):
     method: Literal["likelihood", "generation"] = "likelihood"
     """Classification: the label that the model finds most likely; or the one that it writes, where anything else is no label."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute precision of the base where it is asked; auto: as in training. float32 makes likelihoods exact to 1e-4 nats whatever stands
-    beside an example (bfloat16: to a quarter of a nat), for more time: a third on a CPU, several times as long on a GPU."""
+    """Compute precision of the base where it is asked; auto: as in training. With float32 a likelihood moves by less than 1e-4 nats with
+    what stands beside an example (bfloat16: up to 0.4), for 1.4 times the time on a CPU; on a GPU this was not measured."""
     max_tokens: Count = 2048
     """Tokens in one forward, over all examples and labels in it."""
     answers: Annotated[int, Field(ge=0)] = 500

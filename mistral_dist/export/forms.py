@@ -1,6 +1,7 @@
 """The forms in which a tuned model can leave its run, and the files by which such a folder is known."""
 
 from enum import StrEnum
+from pathlib import Path
 
 from mistral_dist.errors import RecipeError
 
@@ -8,6 +9,14 @@ FACTS = "export.json"
 """What was written, for programs: form, base, task, tokenizer, and how like the live adapter each form is."""
 SUMS = "SHA256SUMS"
 """Of all other files; `sha256sum --check SHA256SUMS` reads it."""
+
+
+def sums_of(folder: Path) -> dict[str, str] | None:
+    """The SHA-256 of each file that an export has written, by name; None where no export lies there."""
+    if not (folder / SUMS).is_file():
+        return None
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 class Form(StrEnum):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mistral_dist import hub
 from mistral_dist.errors import CheckpointError, ModelError, RunError
-from mistral_dist.export.forms import FACTS, SUMS
+from mistral_dist.export.forms import FACTS, SUMS, sums_of
 from mistral_dist.files import sha256
 
 OURS = (
@@ -21,16 +21,15 @@ def push(folder: Path, name: str, tell: Callable[[str], None], *, upload: bool) 
 
     Raises RunError where no export lies there, CheckpointError for a file that is not as it was exported, ModelError where the hub refuses.
     """
-    sums = folder / SUMS
-    if not sums.is_file():
+    sums = sums_of(folder)
+    if sums is None:
         raise RunError(f"{folder}: no exported folder ({SUMS} is missing); `mistral-dist export RUN {folder}` makes one")
     if name.count("/") != 1 or not hub.is_name(name):
         raise ModelError(f"{name}: is no name on the hub; give owner and model, as in me/{folder.resolve().name}")
-    wanted = [line.partition("  ")[::2] for line in sums.read_text(encoding="utf-8").splitlines()]
-    for digest, file in wanted:
+    for file, digest in sums.items():
         if not (folder / file).is_file() or sha256(folder / file) != digest:
             raise CheckpointError(f"{folder / file}: not as it was exported ({SUMS}); export the run again")
-    files = [*(file for _, file in wanted), SUMS]
+    files = [*sums, SUMS]
     for file in files:
         tell(f"{(folder / file).stat().st_size:>16,}  {file}")
     tell("files of an earlier export that are none of these are taken out of the repository, others stay")

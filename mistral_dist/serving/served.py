@@ -9,8 +9,7 @@ from mistral_dist.base_cache import dtype_name, fingerprint
 from mistral_dist.config import Model
 from mistral_dist.data.encode import load_encoder
 from mistral_dist.errors import ModelError, RunError
-from mistral_dist.evaluate import noted
-from mistral_dist.export.forms import FACTS, SUMS, Form
+from mistral_dist.export.forms import FACTS, SUMS, Form, sums_of
 from mistral_dist.files import read_json
 from mistral_dist.hub import local_path
 from mistral_dist.run import RunDirectory
@@ -58,6 +57,8 @@ def open_served(place: Path, base: Path | None = None) -> Served:
     recipe = run.recipe()
     if not (run.adapter / ADAPTER).is_file():
         raise RunError(f"{place}: has no adapter yet; `mistral-dist status {place}` says how it stands")
+    from mistral_dist.evaluate import noted  # which takes seconds, and an exported folder needs nothing of it
+
     found = recipe.model.model_copy(update={"path": str(_base(recipe.model, base))})
     encoder = load_encoder(recipe.model_copy(update={"model": found}))
     mistral_common, tools = encoder.mistral_file is not None, encoder.calls_tools
@@ -81,9 +82,8 @@ def _exported(place: Path, facts: dict[str, Any], base: Path | None) -> Served:
 
 def _refuse_incomplete(place: Path) -> None:
     """Raise RunError unless all files are there that an export has written; `push` looks at what is in them, too."""
-    sums = place / SUMS
-    names = [line.partition("  ")[2] for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else [SUMS]
-    missing = [name for name in names if not (place / name).is_file()]
+    sums = sums_of(place)
+    missing = [SUMS] if sums is None else [name for name in sums if not (place / name).is_file()]
     if missing:
         raise RunError(f"{place}: lacks {', '.join(missing)}; export the run again")
 
